@@ -1,0 +1,495 @@
+"""data.py - videos or features, annotations and descriptions -> batches of windows (paper §4.1 and "Limitation").
+
+A video is cut into windows of at most L steps. One step ("frame" in the paper) is one decoded frame of every
+`stride` (end to end), or one row of a feature file. Segments are kept in two units only: seconds (in `Video`, in
+files) and grid units (in `Window`, `Batch`, in the head), where grid unit l is step l of the window:
+
+    grid = seconds * fps / stride - 0.5 * num_frames / stride
+
+`num_frames` is the length of the snippet that one feature sees (16 for I3D); 0 end to end.
+"""
+import csv
+import gzip
+import json
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.utils.data import Dataset
+
+# One plain dict of train.py's flags per data set; a flag on the command line wins.
+PRESETS = {
+    "custom": {},
+    "demo": dict(
+        videos="data/demo/videos", annotations="data/demo/annotations.json",
+        descriptions="data/demo/descriptions.json", train_subset="training", test_subset="test",
+        stride=1, window=128, image_size=32, resize=36, levels=5, width=64, head_window=0,
+        epochs=24, warmup_epochs=1, batch_size=2, lr=2e-3, lr_vision=2e-3, lr_lm=2e-3,
+        lora_rank=8, lora_alpha=16, ema=0.98, min_overlap=0.75),
+}
+
+
+class InputError(ValueError):
+    """A mistake in a file or flag of the user's; the message says where, what was expected, found, and what to do."""
+
+
+@dataclass
+class Video:
+    """One untrimmed video: where it is, how long it is (seconds), and its actions (seconds, label names)."""
+    name: str
+    duration: float
+    fps: float
+    subset: str = ""
+    segments: np.ndarray = field(default_factory=lambda: np.zeros((0, 2)))   # (N, 2) seconds
+    labels: list = field(default_factory=list)                              # N names
+    path: Path | None = None                                                # video or feature file
+
+
+@dataclass
+class Window:
+    """L' <= L consecutive steps of a video, from step `start`; segments in grid units relative to `start`."""
+    video: Video
+    start: int
+    length: int             # L'
+    inputs: torch.Tensor    # (L', 3, H, W) uint8 frames, or (L', V) features
+    segments: torch.Tensor  # (N, 2) grid units
+    labels: torch.Tensor    # (N,) class indices
+
+
+@dataclass
+class Batch:
+    """B windows padded to one length L. `mask` is True on real steps; padding is zeros and counts nowhere."""
+    inputs: torch.Tensor    # (B, L, 3, H, W) uint8, or (B, L, V) float
+    mask: torch.Tensor      # (B, L) bool
+    segments: list          # B tensors (N_b, 2), grid units
+    labels: list            # B tensors (N_b,), class indices
+    windows: list           # the B windows, without their inputs
+
+    def to(self, device) -> "Batch":
+        """The same batch with its tensors on `device`."""
+        return Batch(self.inputs.to(device, non_blocking=True), self.mask.to(device, non_blocking=True),
+                     [s.to(device) for s in self.segments], [l.to(device) for l in self.labels], self.windows)
+
+
+def collate(windows: list, multiple: int) -> Batch:
+    """Pad windows to the longest of them, rounded up to `multiple` (what the pyramid and the encoder divide by)."""
+    lengths = torch.tensor([w.length for w in windows])
+    L = -(-int(lengths.max()) // multiple) * multiple
+    inputs = torch.stack([torch.cat([w.inputs, w.inputs.new_zeros(L - w.length, *w.inputs.shape[1:])])
+                          for w in windows])
+    return Batch(inputs, torch.arange(L)[None] < lengths[:, None], [w.segments for w in windows],
+                 [w.labels for w in windows], [replace(w, inputs=None) for w in windows])
+
+
+class TALDataset(Dataset):
+    """Windows of videos. Training: one random window per video and epoch. Test: sliding windows over every step.
+
+    Randomness depends on (seed, epoch, index) alone, so that a resumed run sees the same windows.
+
+    videos: list of Video with `path` set. classes: label names in the order of the class index.
+    window: L, in steps. stride: frames per step. num_frames: frames that one feature sees.
+    min_overlap: a segment stays in a training window if at least this share of it is inside.
+    image_size: 0 reads features (.npy, (T, V)); otherwise frames are read and cropped to image_size².
+    resize: short side before the crop in training (random resized crop, flip, colour jitter).
+    """
+
+    def __init__(self, videos, classes, window, stride=1, num_frames=0, training=False, min_overlap=0.5,
+                 image_size=0, resize=0, seed=0, overlap=0.5):
+        self.videos, self.classes, self.L = videos, {c: i for i, c in enumerate(classes)}, window
+        self.stride, self.num_frames, self.training = stride, num_frames, training
+        self.min_overlap, self.image_size, self.resize, self.seed = min_overlap, image_size, resize, seed
+        self.epoch = 0
+        self.items = [(v, 0) for v in videos] if training else [
+            (v, start) for v in videos for start in window_starts(self.steps(v), window, overlap)]
+
+    def __len__(self):
+        return len(self.items)
+
+    def steps(self, video: Video) -> int:
+        """Number of steps T of a video: rows of its feature file, or frames at `stride` within its duration."""
+        if self.image_size == 0:
+            return open_features(video.path).shape[0]
+        return max(1, int(video.duration * video.fps / self.stride + 1e-6))
+
+    def __getitem__(self, index: int) -> Window:
+        video, start = self.items[index]
+        rng = np.random.default_rng([self.seed, self.epoch, index])
+        T, offset = self.steps(video), 0.5 * self.num_frames / self.stride
+        grid = seconds_to_grid(video.segments, video.fps, self.stride, self.num_frames)
+        length = min(self.L, T - start)
+        if self.training:
+            start, length = random_window(T, self.L, grid, self.min_overlap, offset, rng)
+        segments, kept = truncate_segments(grid, start, length, offset, self.min_overlap if self.training else 0.0)
+        labels = [self.classes[video.labels[i]] for i in kept]
+        inputs = self.read_clip(video, start, length, rng) if self.image_size else self.read_rows(video, start, length)
+        return Window(video, start, length, inputs, torch.tensor(segments, dtype=torch.float32).reshape(-1, 2),
+                      torch.tensor(labels, dtype=torch.long))
+
+    def read_rows(self, video, start, length):
+        """(length, V) float32 rows of the feature file."""
+        rows = np.array(open_features(video.path)[start:start + length], dtype=np.float32)
+        if not np.isfinite(rows).all():
+            raise InputError(f"{video.path}: expected finite features, found NaN or infinity in rows "
+                             f"{start}-{start + length - 1}; extract this video again or leave it out")
+        return torch.from_numpy(rows)
+
+    def read_clip(self, video, start, length, rng):
+        """(length, 3, image_size, image_size) uint8: augmented in training, centre-cropped at test."""
+        times = (start + np.arange(length)) * self.stride / video.fps
+        frames = read_frames(video.path, times, self.resize if self.training else self.image_size)
+        frames = torch.from_numpy(frames).permute(0, 3, 1, 2)                                   # (L', 3, h, w)
+        return augment(frames, self.image_size, rng) if self.training else centre_crop(frames, self.image_size)
+
+
+def seconds_to_grid(seconds, fps: float, stride: int, num_frames: int):
+    """Seconds -> grid units: s·fps/stride - 0.5·num_frames/stride (any shape)."""
+    return seconds * fps / stride - 0.5 * num_frames / stride
+
+
+def grid_to_seconds(grid, fps: float, stride: int, num_frames: int):
+    """Grid units -> seconds, the inverse of `seconds_to_grid`."""
+    return (grid * stride + 0.5 * num_frames) / fps
+
+
+def window_starts(T: int, L: int, overlap: float) -> list:
+    """First steps of the sliding windows that cover steps 0..T-1; the last one ends at the last step."""
+    if T <= L:
+        return [0]
+    hop = max(1, round(L * (1 - overlap)))
+    return [*range(0, T - L, hop), T - L]
+
+
+def truncate_segments(segments: np.ndarray, start: int, length: int, offset: float, min_overlap: float):
+    """Segments (N, 2) of the whole video -> those of the window [start, start + length), shifted by -start.
+
+    They are cut at `offset` beyond the window (a feature sees that far) and stay if at least `min_overlap` of their
+    length is left. Returns (segments (M, 2), indices of the kept ones (M,)). Grid units throughout.
+    """
+    lo, hi = start - offset, start + length + offset
+    cut = np.clip(segments, lo, hi)
+    inside = cut[:, 1] - cut[:, 0]
+    kept = np.flatnonzero((inside > 0) & (inside >= min_overlap * (segments[:, 1] - segments[:, 0])))
+    return cut[kept] - start, kept
+
+
+def random_window(T, L, segments, min_overlap, offset, rng, crop=(0.9, 1.0), tries=200):
+    """A training window (start, length): L random steps of a long video, a crop of 90-100% of a short one.
+
+    Drawn again until it holds an action, if the video has any.
+    """
+    length = L if T > L else int(rng.integers(max(1, round(crop[0] * T)), max(1, round(crop[1] * T)) + 1))
+    for _ in range(tries):
+        start = int(rng.integers(0, T - length + 1))
+        if not len(segments) or len(truncate_segments(segments, start, length, offset, min_overlap)[1]):
+            break
+    return start, length
+
+
+def augment(frames: torch.Tensor, size: int, rng) -> torch.Tensor:
+    """Random resized crop, horizontal flip, brightness, contrast and colour gains: one draw for the whole window.
+
+    frames: (T, 3, h, w) uint8 -> (T, 3, size, size) uint8.
+    """
+    h, w = frames.shape[-2:]
+    side = int(round(min(h, w) * rng.uniform(0.9, 1.0)))
+    y, x = rng.integers(0, h - side + 1), rng.integers(0, w - side + 1)
+    frames = resize(frames[..., y:y + side, x:x + side], size)
+    if rng.random() < 0.5:
+        frames = frames.flip(-1)
+    gain = rng.uniform(0.8, 1.2) * rng.uniform(0.9, 1.1, 3)                      # contrast · colour
+    table = np.clip((np.arange(256) - 128) * gain[:, None] + 128 + rng.uniform(-25, 25), 0, 255)
+    table = torch.from_numpy(table.astype(np.uint8))                            # (3, 256): jitter is a look-up
+    return torch.stack([table[c][frames[:, c].int()] for c in range(3)], dim=1)
+
+
+def centre_crop(frames: torch.Tensor, size: int) -> torch.Tensor:
+    """(T, 3, h, w) with short side `size` -> (T, 3, size, size)."""
+    h, w = frames.shape[-2:]
+    y, x = (h - size) // 2, (w - size) // 2
+    return frames[..., y:y + size, x:x + size].contiguous()
+
+
+def resize(frames: torch.Tensor, size: int) -> torch.Tensor:
+    """(T, 3, h, w) uint8 -> (T, 3, size, size) uint8, antialiased."""
+    return F.interpolate(frames, (size, size), mode="bilinear", antialias=True)
+
+
+# ------------------------------------------------------------------------------------------------ files
+def read_frames(path, times: np.ndarray, short_side: int) -> np.ndarray:
+    """The frames shown at `times` (ascending seconds from the start of the video), short side scaled to `short_side`.
+
+    Seeks to the key frame before the first time, so a window deep inside a long video costs as much as one at the
+    start. Times after the last frame get the last frame (durations in annotation files are rounded).
+    Returns (N, h, w, 3) uint8 RGB. Raises InputError naming the file if it cannot be decoded.
+    """
+    import av
+    out, last = [], None
+    scaler = av.video.reformatter.VideoReformatter()                 # one for all frames: making one costs most
+    try:
+        with av.open(str(path)) as container:
+            stream = container.streams.video[0]
+            tick, start = float(stream.time_base), stream.start_time or 0
+            half = 0.5 / float(stream.average_rate or 30)
+            if times[0] > 0:
+                container.seek(int(start + times[0] / tick), stream=stream)
+            for frame in container.decode(stream):
+                while last is not None and len(out) < len(times) and times[len(out)] + half <= (frame.pts - start) * tick:
+                    last = to_rgb(last, short_side, scaler)          # shown until `frame` comes
+                    out.append(last)
+                if len(out) == len(times):
+                    break
+                last = frame
+            if last is not None:
+                last = to_rgb(last, short_side, scaler)
+    except (av.error.FFmpegError, IndexError, OSError) as error:
+        raise InputError(f"{path}: expected a video that PyAV can decode, found: {error}; "
+                         f"re-encode it (ffmpeg -i in -c:v libx264 out.mp4) or leave it out") from error
+    if last is None:
+        raise InputError(f"{path}: expected frames from second {times[0]:.2f} on, found none; "
+                         f"check the file, and duration and fps in the annotations")
+    return np.stack(out + [last] * (len(times) - len(out)))
+
+
+def to_rgb(frame, short_side: int, scaler) -> np.ndarray:
+    """A decoded PyAV frame -> (h, w, 3) uint8, upright, short side scaled to `short_side`. An array stays as it is."""
+    if isinstance(frame, np.ndarray):
+        return frame
+    scale = short_side / min(frame.width, frame.height)
+    w, h = max(short_side, round(frame.width * scale)), max(short_side, round(frame.height * scale))
+    image = scaler.reformat(frame, w, h, "rgb24", interpolation="AREA" if scale < 1 else "BILINEAR").to_ndarray()
+    return np.rot90(image, round(frame.rotation / 90))
+
+
+def probe(path) -> tuple:
+    """(duration in seconds, frames per second) of a video file."""
+    import av
+    try:
+        with av.open(str(path)) as container:
+            stream = container.streams.video[0]
+            fps = float(stream.average_rate)
+            seconds = float(stream.duration * stream.time_base) if stream.duration else container.duration / 1e6
+            return seconds, fps
+    except (av.error.FFmpegError, IndexError, OSError, TypeError, ZeroDivisionError) as error:
+        raise InputError(f"{path}: expected a video file, found: {error}; check the path and the format") from error
+
+
+def open_features(path) -> np.ndarray:
+    """A feature file (T, V) as a memory map; never unpickles."""
+    try:
+        rows = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        raise InputError(f"{path}: expected a .npy file with an array (T, V), found: {error}") from error
+    if rows.ndim != 2 or 0 in rows.shape:
+        raise InputError(f"{path}: expected an array (T, V) with at least one row, found shape {rows.shape}")
+    return rows
+
+
+def read_json(path):
+    """Parse a JSON file, plain or gzip (told by its content)."""
+    try:
+        raw = Path(path).read_bytes()
+        return json.loads(gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw)
+    except (OSError, EOFError, ValueError) as error:
+        raise InputError(f"{path}: expected a JSON file (plain or gzip), found: {error}") from error
+
+
+def load_annotations(path) -> list:
+    """ActivityNet-format JSON, plain or gzip -> list of Video, in the order of the file.
+
+    `{"database": {name: {"subset", "duration" (seconds), "fps" (optional: 0 = ask the file),
+    "annotations": [{"label", "segment": [start, end] (seconds)}]}}}`. Raises InputError naming video and field.
+    """
+    content = read_json(path)
+    if not isinstance(content, dict) or not isinstance(content.get("database"), dict):
+        raise InputError(f'{path}: expected {{"database": {{video: {{...}}}}}} (ActivityNet format), '
+                         f"found {type(content).__name__} without it")
+    return [parse_video(path, name, entry) for name, entry in content["database"].items()]
+
+
+def parse_video(path, name: str, entry: dict) -> Video:
+    """One entry of the annotation file, checked."""
+    where = f"{path}: video '{name}'"
+    try:
+        duration, fps = float(entry["duration"]), float(entry.get("fps") or 0)
+        rows = entry.get("annotations", [])
+        labels = [str(a["label"]) for a in rows]
+        segments = np.array([[float(t) for t in a["segment"]] for a in rows], dtype=np.float64).reshape(-1, 2)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"{where}: expected duration, subset and annotations with label and segment [start, end] "
+                         f"in seconds, found a problem with {error}") from error
+    if not (np.isfinite(duration) and duration > 0):
+        raise InputError(f"{where}: expected a duration above 0 seconds, found {duration}")
+    bad = ~(np.isfinite(segments).all(1) & (segments[:, 0] >= 0) & (segments[:, 0] <= segments[:, 1]))
+    if bad.any():
+        raise InputError(f"{where}: expected 0 <= start <= end in seconds, found {segments[bad][0].tolist()}")
+    return Video(name, duration, fps, str(entry.get("subset", "")), segments, labels)
+
+
+def load_descriptions(path, classes: list) -> dict:
+    """JSON {label: description} (T_desc) -> the entries of `classes`, in that order; one that lacks is an error."""
+    content = read_json(path)
+    if not isinstance(content, dict) or not all(isinstance(text, str) for text in content.values()):
+        raise InputError(f"{path}: expected {{label: description}}, found something else")
+    missing = [c for c in classes if c not in content]
+    if missing:
+        raise InputError(f"{path}: expected a description for every class, found none for {', '.join(missing)}; "
+                         f"add a sentence for each, from start pose to end pose")
+    return {c: content[c] for c in classes}
+
+
+def find_files(videos: list, folder, suffixes=(".mp4", ".mkv", ".webm", ".avi", ".mov")) -> list:
+    """Videos with `path` set to `folder/name + suffix`; a missing file is an error that names it."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(f"{folder}: expected a folder of {'/'.join(suffixes)} files, found none there")
+    files = {p.stem: p for p in sorted(folder.iterdir()) if p.suffix.lower() in suffixes}
+    missing = [v.name for v in videos if v.name not in files]
+    if missing:
+        raise InputError(f"{folder}: expected a {'/'.join(suffixes)} file per annotated video, found none for "
+                         f"{len(missing)} of {len(videos)}: {', '.join(missing[:5])}{' ...' if missing[5:] else ''}")
+    return [replace(v, path=files[v.name]) for v in videos]
+
+
+def subset_of(videos: list, subset: str, path) -> list:
+    """The videos of one subset (its name in any case); an unknown name is an error that lists those there are."""
+    chosen = [v for v in videos if v.subset.lower() == subset.lower()]
+    if not chosen:
+        names = sorted({v.subset for v in videos})
+        raise InputError(f"{path}: expected videos of subset '{subset}', found none; subsets there: {names}")
+    return chosen
+
+
+# ------------------------------------------------------------------------------------------------ the demo
+# Six actions of a stick figure. SitDown/StandUp and Throw/Catch show the same poses in opposite order: one frame
+# cannot tell them apart. Wave and JumpingJack can be told from a single frame.
+DEMO_DESCRIPTIONS = {
+    "SitDown": "The person starts standing upright, bends both knees while lowering the hips, and ends sitting low.",
+    "StandUp": "The person starts sitting low with bent knees, pushes the hips upwards, and ends standing upright.",
+    "Throw": "The person starts with the ball in the hand, swings the arm forward, and ends as the ball flies away.",
+    "Catch": "The person starts as a ball comes flying, reaches out the arm, and ends with the ball in the hand.",
+    "Wave": "The person starts by raising one arm above the head, swings it from side to side, and ends lowering it.",
+    "JumpingJack": "The person starts with arms and legs together, spreads all of them wide repeatedly, and ends "
+                   "with arms and legs together.",
+}
+
+
+def make_demo(folder, train=96, test=24, seed=0, fps=10, size=64) -> None:
+    """Write the demo data set once: videos/*.mp4, annotations.json (ActivityNet format), descriptions.json.
+
+    Each clip of about 10 s holds three or four actions and background. Deterministic in `seed`; training and test
+    clips are drawn from different seeds. annotations.json is written last, so an interrupted run starts over.
+    """
+    folder = Path(folder)
+    if (folder / "annotations.json").exists():
+        return
+    (folder / "videos").mkdir(parents=True, exist_ok=True)
+    database = {}
+    for subset, count, stream in (("training", train, 1), ("test", test, 2)):
+        for i in range(count):
+            name, rng = f"{subset}_{i:03d}", np.random.default_rng([seed, stream, i])
+            poses, balls, annotations = demo_script(rng, fps)
+            write_video(folder / "videos" / f"{name}.mp4", render(poses, balls, size, rng), fps)
+            database[name] = dict(subset=subset, duration=len(poses) / fps, fps=fps, annotations=annotations)
+    (folder / "descriptions.json").write_text(json.dumps(DEMO_DESCRIPTIONS, indent=1))
+    (folder / "annotations.json").write_text(json.dumps(dict(version="demo", database=database), indent=1))
+
+
+def demo_script(rng, fps):
+    """Draw a clip: poses (T, 7), ball positions (T, 3) relative to the body (x, y, visible), annotations."""
+    poses, balls, annotations, previous = [], [], [], np.zeros(2)
+    for label in rng.permutation(list(DEMO_DESCRIPTIONS))[:rng.integers(3, 5)]:
+        phase = np.linspace(0, 1, int(rng.integers(10, 25)))
+        pose, ball = demo_action(label, phase)
+        gap = int(rng.integers(4, 13))
+        if poses:                                       # hold the last pose, cut, hold the next first pose
+            hold = gap // 2
+            poses += [poses[-1]] * hold + [pose[0]] * (gap - hold)
+            balls += [balls[-1]] * hold + [ball[0]] * (gap - hold)
+        else:
+            poses, balls = [pose[0]] * gap, [ball[0]] * gap
+        annotations.append(dict(label=str(label), segment=[len(poses) / fps, (len(poses) + len(phase)) / fps]))
+        poses, balls = poses + list(pose), balls + list(ball)
+    gap = int(rng.integers(4, 13))
+    return np.array(poses + [poses[-1]] * gap), np.array(balls + [balls[-1]] * gap), annotations
+
+
+def demo_action(label: str, u: np.ndarray):
+    """Poses (T, 4): [knee bend, left arm, right arm (radians from hanging down), leg spread]; ball (T, 3)."""
+    zero = np.zeros_like(u)
+    smooth = u * u * (3 - 2 * u)
+    if label in ("StandUp", "Catch"):                   # the same poses as SitDown and Throw, backwards
+        pose, ball = demo_action({"StandUp": "SitDown", "Catch": "Throw"}[label], 1 - u)
+        return pose, ball
+    if label == "SitDown":
+        return np.stack([smooth, 0.3 + zero, 0.3 + 0.6 * smooth, 0.15 + zero], 1), np.stack([zero, zero, zero], 1)
+    if label == "Throw":                                # the arm swings until u = .5, then the ball flies on
+        arm = 0.4 + 1.8 * np.clip(u / 0.5, 0, 1)
+        fly = np.clip((u - 0.5) / 0.5, 0, 1)
+        return (np.stack([zero, 0.3 + zero, arm, 0.15 + zero], 1),
+                np.stack([fly, 0.3 * np.sin(np.pi * fly), 1 + zero], 1))
+    if label == "Wave":
+        arm = np.clip(np.minimum(u, 1 - u) * 6, 0, 1) * (2.7 + 0.4 * np.sin(u * 6 * np.pi))
+        return np.stack([zero, 0.3 + zero, 0.3 + arm, 0.15 + zero], 1), np.stack([zero, zero, zero], 1)
+    spread = np.abs(np.sin(u * 3 * np.pi))              # JumpingJack
+    return np.stack([zero, 0.3 + 2 * spread, 0.3 + 2 * spread, 0.15 + 0.5 * spread], 1), np.stack([zero] * 3, 1)
+
+
+def render(poses, balls, size, rng) -> np.ndarray:
+    """Draw the figure: (T, size, size, 3) uint8, with random place, scale, colours, background, sway and noise."""
+    T = len(poses)
+    bend, left, right, spread = poses.T
+    unit, side = size * rng.uniform(0.26, 0.3), rng.choice([-1, 1])               # torso length; facing
+    x = size * rng.uniform(0.42, 0.58) + np.cumsum(rng.normal(0, 0.15, T))
+    ground = size * rng.uniform(0.9, 0.96)
+    hip = np.stack([x, ground - unit * (1.15 - 0.75 * bend)], 1)
+    neck = hip - [0, unit]
+
+    def limb(origin, angle, length, sign):
+        return origin + length * np.stack([sign * side * np.sin(angle), np.cos(angle)], 1)
+
+    hand_l, hand_r = limb(neck, left, 0.95 * unit, -1), limb(neck, right, 0.95 * unit, 1)
+    strokes = [(neck, hip, 0.16)]
+    for sign in (-1, 1):
+        foot = np.stack([x + sign * unit * np.sin(spread), np.full(T, ground)], 1)
+        knee = (hip + foot) / 2 + np.stack([side * 0.45 * unit * bend, 0 * x], 1)
+        strokes += [(hip, knee, 0.12), (knee, foot, 0.12)]
+    strokes += [(neck, hand_l, 0.1), (neck, hand_r, 0.1), (neck - [0, 0.42 * unit],) * 2 + (0.3,)]
+    ramp = np.linspace(-1, 1, size)
+    base, skin, paint = (rng.uniform(low, high) + rng.uniform(-20, 20, 3)                # dark room, light figure
+                         for low, high in ((30, 70), (180, 230), (180, 230)))
+    slope = rng.normal(0, 8, (2, 3))
+    background = base + ramp[:, None, None] * slope[0] + ramp[None, :, None] * slope[1]
+    frames = np.broadcast_to(background, (T, size, size, 3)).astype(np.float32)
+    for a, b, thickness in strokes:
+        frames = blend(frames, capsule(a, b, thickness * unit, size), skin)
+    ball = hand_r + balls[:, :2] * np.array([side * 1.6, -1.0]) * unit
+    frames = blend(frames, capsule(ball, ball, 0.2 * unit, size) * balls[:, 2, None, None].astype(np.float32), paint)
+    return np.clip(frames + rng.uniform(2, 6) * rng.standard_normal(frames.shape, np.float32), 0, 255).astype(np.uint8)
+
+
+def capsule(a, b, radius, size) -> np.ndarray:
+    """Coverage (T, size, size) in [0, 1] of thick lines from a to b, (T, 2) in pixels (x, y)."""
+    pixel = np.arange(size, dtype=np.float32)
+    a, d = a.astype(np.float32), (b - a).astype(np.float32)
+    x, y = (pixel - a[:, :1])[:, None, :], (pixel - a[:, 1:])[:, :, None]         # (T, 1, W), (T, H, 1)
+    dx, dy = d[:, 0, None, None], d[:, 1, None, None]
+    along = np.clip((x * dx + y * dy) / np.maximum(dx * dx + dy * dy, 1e-6), 0, 1)
+    return np.clip(radius + 0.5 - np.hypot(x - along * dx, y - along * dy), 0, 1)
+
+
+def blend(frames, coverage, colour):
+    """Paint `colour` over frames where `coverage` is 1."""
+    return frames + coverage[..., None] * (colour.astype(np.float32) - frames)
+
+
+def write_video(path, frames: np.ndarray, fps: int) -> None:
+    """Write (T, H, W, 3) uint8 RGB frames as H.264 in mp4."""
+    import av
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=fps, options={"crf": "18"})
+        stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
+        for image in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")))
+        container.mux(stream.encode())

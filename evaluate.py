@@ -1,0 +1,439 @@
+"""Scoring (§4): mean average precision (mAP) of temporal action detections.
+
+    python evaluate.py --ground-truth gt.json --predictions result.json --subset Test --tiou 0.3 0.4 0.5 0.6 0.7
+
+scores the result file of any model. Both files are in ActivityNet format, plain or gzip:
+
+    ground truth  {"database": {video: {"subset": name, "annotations": [{"label": str, "segment": [start, end]}]}}}
+    predictions   {"results": {video: [{"label": str, "segment": [start, end], "score": number}]}}
+
+The protocol is ActivityNet's; all times are in seconds. Details that matter:
+
+1. A detection is right if its IoU with a ground-truth segment of its class and video is >= the threshold (tIoU).
+2. Detections are served in order of score. Each takes its best *free* segment (of equal IoUs the one listed last);
+   a second detection of the same segment is wrong. Equal scores of one class go in the order that numpy's
+   `argsort()[::-1]` leaves. This is the call of the official toolkit and of OpenTAD, so the figures equal theirs, but
+   the sort is not stable and its order of ties depends on the CPU: the rounded scores of S-CNN's published result
+   file give an mAP@.3 of 36.06, 36.05 or 36.29 with AVX-512, AVX2 or neither. Write scores with all digits.
+3. Detections on videos without ground truth are wrong. A label that no ground-truth segment has is no class and is
+   not scored. Labels are compared exactly.
+4. A class without detections has AP 0 and counts in the mean.
+5. Segments of one class and video whose starts and ends both differ by at most 1e-3 s are one segment. This is the
+   rule of ActionFormer and OpenTAD; the official toolkit counts the copies, which nothing can then find.
+6. A segment of zero length matches nothing. One in the ground truth still counts, as in the official toolkit
+   (there 0 / 0 would even match; OpenTAD removes it).
+"""
+import argparse
+import gzip
+import json
+import math
+import sys
+import zlib
+from collections import Counter
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from data import collate, grid_to_seconds
+from head import decode, nms_per_class
+
+DUPLICATE_TOLERANCE = 1e-3  # seconds
+
+
+# ------------------------------------------------------------------------------------------------ command line
+def get_args(argv=None):
+    parser = argparse.ArgumentParser(description="Score temporal action detections (mAP).")
+    files = parser.add_argument_group("scoring a result file")
+    files.add_argument("--ground-truth", required=True, metavar="FILE", help="ActivityNet-format json, plain or gzip")
+    files.add_argument("--predictions", required=True, metavar="FILE", help="result file of any model, plain or gzip")
+    files.add_argument("--subset", default="test", help="subset to score, its name in any case (%(default)s)")
+    metric = parser.add_argument_group("metric")
+    metric.add_argument("--tiou", type=float, nargs="+", default=[0.3, 0.4, 0.5, 0.6, 0.7], metavar="IOU",
+                        help="temporal IoU thresholds, each > 0 and <= 1 (%(default)s)")
+    metric.add_argument("--json", metavar="FILE", help="also write the figures to FILE, as fractions with all digits")
+    return parser.parse_args(argv)
+
+
+def main(argv=None) -> int:
+    """Returns the exit code: 0, or 2 for a mistake in the flags or files."""
+    args = get_args(argv)
+    try:
+        score_files(args)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def score_files(args):
+    """Prints the table of one result file, and writes it to `args.json` if given."""
+    ground_truth = load_ground_truth(args.ground_truth, args.subset)
+    predictions = load_predictions(args.predictions)
+    for note in doubts(ground_truth, predictions):
+        print(f"note: {note}", file=sys.stderr)
+    result = mean_average_precision(ground_truth, predictions, args.tiou)
+    segments, detections = (sum(len(entry["labels"]) for entry in part.values())
+                            for part in (ground_truth, predictions))
+    print(f"{len(ground_truth)} videos of subset {args.subset}, {len(result['classes'])} classes, "
+          f"{segments} segments, {detections} detections; AP in percent at each tIoU\n")
+    print(format_table(result, args.tiou))
+    if args.json:
+        figures = {"subset": args.subset, "tiou": args.tiou, "mAP": result["mAP"].tolist(),
+                   "average": result["average"], "AP": dict(zip(result["classes"], result["AP"].T.tolist()))}
+        Path(args.json).write_text(json.dumps(figures, indent=1) + "\n")
+
+
+# ------------------------------------------------------------------------------------------------------ metric
+def mean_average_precision(ground_truth: dict, predictions: dict, thresholds) -> dict:
+    """Mean over the classes of the interpolated average precision, at each of T thresholds.
+
+    ground_truth: {video: {"segments": (N, 2), "labels": [str]}}, segments as start and end in seconds
+    predictions:  {video: {"segments": (M, 2), "labels": [str], "scores": (M,)}}, in any order
+    thresholds:   T temporal IoUs, each > 0 and <= 1
+
+    Returns a dict:
+      "mAP"      (T,) in [0, 1], mean of AP over classes (0 if the ground truth is empty)
+      "average"  float, mean of mAP over thresholds
+      "AP"       (T, C) in [0, 1]
+      "classes"  C labels in alphabetical order, all those in the ground truth
+    Raises ValueError for a threshold out of range, or for lists of different lengths in one video.
+    """
+    thresholds = np.asarray(thresholds, dtype=np.float64).reshape(-1)
+    if not (len(thresholds) and np.all((thresholds > 0) & (thresholds <= 1))):
+        raise ValueError(f"tIoU thresholds: expected one or more numbers > 0 and <= 1, found {thresholds.tolist()}. "
+                         "Give fractions such as 0.3 0.5 0.7, not percent.")
+    classes = sorted({label for entry in ground_truth.values() for label in entry["labels"]})
+    unique = {video: without_duplicates(entry) for video, entry in ground_truth.items()}
+
+    # One row per segment, over all videos. Detections by class, then in order of score.
+    gt_segments, gt_video, gt_class, _ = flatten(unique, ground_truth, classes)
+    segments, video, label, scores = flatten(predictions, ground_truth, classes)
+    if np.isnan(scores).any():
+        raise ValueError(f"predictions: expected numbers as scores, found {np.isnan(scores).sum()} NaN. "
+                         "Did training diverge?")
+    order = np.concatenate([np.zeros(0, int)] + [rows[scores[rows].argsort()[::-1]]  # ties: see detail 2
+                                                 for rows in rows_by_value(label).values()])
+    segments, video, label = segments[order], video[order], label[order]
+
+    # Only segments of one video and class can match: give each such group one number. -1: no group, never matches.
+    gt_group = gt_video * len(classes) + gt_class
+    group = np.where((video >= 0) & (label >= 0), video * len(classes) + label, -1)
+    correct = match(segments, group, gt_segments, gt_group, thresholds)  # (T, M)
+
+    AP = np.zeros((len(thresholds), len(classes)))
+    num_gt = np.bincount(gt_class, minlength=len(classes))
+    for c, rows in rows_by_value(label).items():
+        if c >= 0:
+            AP[:, c] = average_precision(correct[:, rows], num_gt[c])
+    mAP = AP.mean(axis=1) if classes else np.zeros(len(thresholds))
+    return {"mAP": mAP, "average": float(mAP.mean()), "AP": AP, "classes": classes}
+
+
+def average_precision(correct: np.ndarray, num_gt: int) -> np.ndarray:
+    """Interpolated average precision of one class, at T thresholds together.
+
+    correct: (T, M) bool, whether each detection is right, in descending order of score
+    num_gt:  number of ground-truth segments of the class, > 0
+    Returns (T,) in [0, 1]: the area under the precision-recall curve, after precision at each recall is
+    replaced by the highest precision at that or any greater recall (Pascal VOC 2010). Recall rises by
+    1 / num_gt at each right detection and nowhere else, so the area is a sum over the right detections.
+    """
+    T, M = correct.shape
+    precision = np.cumsum(correct, axis=1) / np.arange(1, M + 1)                        # (T, M)
+    interpolated = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]          # (T, M)
+    return (interpolated * correct).sum(axis=1) / num_gt
+
+
+def match(segments, group, gt_segments, gt_group, thresholds) -> np.ndarray:
+    """Which detections are right, at each threshold.
+
+    segments (M, 2) and group (M,): detections, each class in descending order of score; group -1 has no ground truth
+    gt_segments (N, 2) and gt_group (N,): ground truth
+    Returns (T, M) bool.
+
+    All pairs of a detection and a ground-truth segment that overlap enough are sorted by row of the detection, then
+    by IoU from high to low. Going down this list once, a pair matches if both of its sides are still free.
+    """
+    detection, truth, iou = overlapping_pairs(segments, group, gt_segments, gt_group, thresholds.min())
+    order = np.lexsort((-truth, -iou, detection))                                      # last key first
+    detection, truth, iou = detection[order], truth[order], iou[order]
+
+    correct = np.zeros((len(thresholds), len(segments)), dtype=bool)
+    for t, threshold in enumerate(thresholds):
+        enough = iou >= threshold
+        matched, taken = set(), set()
+        for d, g in zip(detection[enough].tolist(), truth[enough].tolist()):
+            if g not in taken and d not in matched:
+                matched.add(d)
+                taken.add(g)
+        correct[t, list(matched)] = True
+    return correct
+
+
+def overlapping_pairs(segments, group, gt_segments, gt_group, min_iou: float):
+    """All pairs of one group with an IoU >= min_iou: (row of detection, row of ground truth, IoU), each (P,)."""
+    comparable = np.flatnonzero(np.isin(group, gt_group))  # most detections of a poor model have no counterpart
+    gt_rows = rows_by_value(gt_group)
+    pairs = [(np.zeros(0, int), np.zeros(0, int), np.zeros(0))]
+    for value, rows in rows_by_value(group[comparable]).items():
+        detection, truth = comparable[rows], gt_rows[value]
+        iou = temporal_iou(segments[detection], gt_segments[truth])
+        i, j = np.nonzero(iou >= min_iou)
+        pairs.append((detection[i], truth[j], iou[i, j]))
+    return [np.concatenate(column) for column in zip(*pairs)]
+
+
+def temporal_iou(a, b):
+    """Intersection over union of every segment of a with every segment of b.
+
+    a: (N, 2), b: (M, 2), rows [start, end] in any one unit; numpy arrays or torch tensors.
+    Returns (N, M) in [0, 1], of the same kind. A segment of zero (or negative) length has IoU 0 with all,
+    itself included.
+    """
+    if isinstance(a, torch.Tensor):
+        xp, b = torch, torch.as_tensor(b, device=a.device)
+    else:
+        xp, a, b = np, np.asarray(a), np.asarray(b)
+    (a_start, a_end), (b_start, b_end) = (a[:, None, 0], a[:, None, 1]), (b[None, :, 0], b[None, :, 1])
+    intersection = xp.minimum(a_end, b_end) - xp.maximum(a_start, b_start)             # (N, M), < 0 when apart
+    union = (a_end - a_start) + (b_end - b_start) - intersection
+    overlap = intersection > 0                                                         # then union > 0 as well
+    return xp.where(overlap, intersection, 0) / xp.where(overlap, union, 1)
+
+
+def without_duplicates(entry: dict) -> dict:
+    """{"segments": (N, 2), "labels": [str]} of one video, less those that repeat an earlier one of their class:
+    start and end both within DUPLICATE_TOLERANCE. THUMOS14 and ActivityNet hold such copies."""
+    labels = np.asarray(entry["labels"], dtype=object)
+    segments = np.asarray(entry["segments"], dtype=np.float64).reshape(-1, 2)
+    if len(labels) != len(segments):
+        return entry  # flatten reports it
+    near = (np.abs(segments[:, None] - segments[None]) <= DUPLICATE_TOLERANCE).all(axis=-1)
+    same = near & (labels[:, None] == labels[None])                                    # (N, N)
+    keep = []
+    for i in range(len(labels)):
+        if not same[i, keep].any():
+            keep.append(i)
+    return {"segments": segments[keep], "labels": labels[keep].tolist()}
+
+
+def flatten(entries: dict, videos, classes: list):
+    """All videos in one: segments (N, 2), index of the video in `videos` (N,), of the label in `classes` (N,),
+    scores (N,). An unknown video or label has index -1; ground truth has scores 0."""
+    video_index = {video: i for i, video in enumerate(videos)}
+    class_index = {label: i for i, label in enumerate(classes)}
+    segments, video_of, class_of, scores = [np.zeros((0, 2))], [], [], [np.zeros(0)]
+    for video, entry in entries.items():
+        N = len(entry["labels"])
+        segments.append(np.asarray(entry["segments"], dtype=np.float64).reshape(-1, 2))
+        scores.append(np.asarray(entry.get("scores", np.zeros(N)), dtype=np.float64).reshape(-1))
+        if not len(segments[-1]) == len(scores[-1]) == N:
+            raise ValueError(f"video {video}: expected as many segments and scores as labels, found "
+                             f"{len(segments[-1])} segments, {len(scores[-1])} scores, {N} labels.")
+        video_of += [video_index.get(video, -1)] * N
+        class_of += [class_index.get(label, -1) for label in entry["labels"]]
+    return np.concatenate(segments), np.array(video_of, int), np.array(class_of, int), np.concatenate(scores)
+
+
+def rows_by_value(values: np.ndarray) -> dict:
+    """{value: rows where `values` (N,) has it, ascending}."""
+    order = np.argsort(values, kind="stable")
+    distinct, first = np.unique(values[order], return_index=True)
+    return dict(zip(distinct.tolist(), np.split(order, first[1:])))
+
+
+def format_table(result: dict, thresholds, per_class: bool = True) -> str:
+    """Markdown table of what mean_average_precision returns, in percent: mAP, then one row per class."""
+    rows = [("mAP", result["mAP"])]
+    if per_class:
+        rows += list(zip(result["classes"], result["AP"].T))
+    width = max(5, *(len(name) for name, _ in rows))
+    columns = [f"{threshold:g}" for threshold in thresholds] + ["average"]
+    lines = [f"| {'tIoU':<{width}} | " + " | ".join(f"{column:>7}" for column in columns) + " |",
+             f"|:{'-' * width}-|-" + "|-".join("-" * 7 + ":" for _ in columns) + "|"]
+    for name, values in rows:
+        cells = [*values, np.mean(values)]
+        lines.append(f"| {name:<{width}} | " + " | ".join(f"{100 * value:7.2f}" for value in cells) + " |")
+    return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------------------------------------- files
+def load_ground_truth(path, subset: str) -> dict:
+    """Reads the videos of one subset, named in any case, from an ActivityNet-format file, plain or gzip.
+
+    Returns {video: {"segments": (N, 2) float64 seconds, "labels": [str]}}; videos without segments are kept.
+    Raises ValueError for a file that cannot be read or is not of this format, and for a subset without segments.
+    """
+    database = read_field(path, "database")
+    ground_truth, found = {}, Counter()
+    for video, entry in database.items():
+        if not (isinstance(entry, dict) and isinstance(entry.get("subset"), str)):
+            raise ValueError(f"{path}: database/{video}: expected an object with a text field 'subset', found "
+                             f"{shorten(entry)}. Add the subset of this video.")
+        found[entry["subset"]] += 1
+        if entry["subset"].lower() == subset.lower():
+            where = f"{path}: database/{video}/annotations"
+            ground_truth[video] = read_segments(where, entry.get("annotations"), scored=False)
+    if not ground_truth:
+        names = ", ".join(f"{name} ({count} videos)" for name, count in found.items()) or "no videos at all"
+        raise ValueError(f"{path}: no video has the subset '{subset}'; found {names}. Give one of these by --subset.")
+    if not any(entry["labels"] for entry in ground_truth.values()):
+        raise ValueError(f"{path}: expected segments in the subset '{subset}', found {len(ground_truth)} videos "
+                         "without a single one. Choose an annotated subset by --subset.")
+    return ground_truth
+
+
+def load_predictions(path) -> dict:
+    """Reads an ActivityNet-format result file, plain or gzip.
+
+    Returns {video: {"segments": (M, 2) float64 seconds, "labels": [str], "scores": (M,) float64}}.
+    Raises ValueError for a file that cannot be read or is not of this format.
+    """
+    results = read_field(path, "results")
+    return {video: read_segments(f"{path}: results/{video}", entries, scored=True)
+            for video, entries in results.items()}
+
+
+def read_segments(where: str, entries, scored: bool) -> dict:
+    """[{"label", "segment", and "score" if scored}] of one video as arrays. `where` leads the error messages."""
+    if not isinstance(entries, list):
+        raise ValueError(f"{where}: expected a list of segments, found {shorten(entries)}. "
+                         "Write [] for a video without any.")
+    for i, entry in enumerate(entries):
+        if not isinstance(entry, dict):
+            raise ValueError(f"{where}[{i}]: expected an object with label and segment, found {shorten(entry)}.")
+        segment = entry.get("segment")
+        if not isinstance(entry.get("label"), str):
+            problem = "label", "a text"
+        elif not (isinstance(segment, list) and len(segment) == 2 and all(map(is_number, segment))):
+            problem = "segment", "two finite numbers [start, end] in seconds"
+        elif scored and not is_number(entry.get("score")):
+            problem = "score", "a finite number"
+        else:
+            continue
+        field, expected = problem
+        value = shorten(entry[field]) if field in entry else f"no such field but {', '.join(entry) or 'none'}"
+        raise ValueError(f"{where}[{i}]/{field}: expected {expected}, found {value}. Correct or remove this entry.")
+    read = {"segments": np.array([entry["segment"] for entry in entries], dtype=np.float64).reshape(-1, 2),
+            "labels": [entry["label"] for entry in entries]}
+    if scored:
+        read["scores"] = np.array([entry["score"] for entry in entries], dtype=np.float64)
+    return read
+
+
+def read_field(path, field: str) -> dict:
+    """The object `field` of a json file, plain or gzip (told by its first bytes, not by its name)."""
+    try:
+        content = Path(path).read_bytes()
+        if content[:2] == b"\x1f\x8b":
+            content = gzip.decompress(content)
+        data = json.loads(content)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ValueError(f"{path}: damaged gzip file: {error}. Copy or download it again.") from error
+    except OSError as error:  # missing, a folder, no permission
+        raise ValueError(f"{path}: cannot read the file: {error.strerror}. Check the path.") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: expected json, plain or gzip, found something else: {error}.") from error
+    if not (isinstance(data, dict) and isinstance(data.get(field), dict)):
+        found = f"an object with fields {', '.join(data) or '(none)'}" if isinstance(data, dict) else shorten(data)
+        raise ValueError(f"{path}: expected an object '{field}' at the top (video -> ...), found {found}. Ground truth "
+                         "has 'database' and a result file 'results': are the two files swapped?")
+    return data[field]
+
+
+def doubts(ground_truth: dict, predictions: dict):
+    """Sentences on what may be a mistake: unknown labels, videos outside the subset, many equal scores."""
+    classes = {label for entry in ground_truth.values() for label in entry["labels"]}
+    count = Counter(label for entry in predictions.values() for label in entry["labels"])
+    unknown = sorted(set(count) - classes)
+    if unknown:
+        yield (f"{sum(count[label] for label in unknown)} detections have a label that the ground truth has not, and "
+               f"are not scored: {shorten(', '.join(unknown))} (labels are compared exactly)")
+    outside = sorted(set(predictions) - set(ground_truth))
+    if outside:
+        yield (f"{len(outside)} of {len(predictions)} videos with predictions are not in the subset; detections there "
+               f"are wrong: {shorten(', '.join(outside))}")
+    total = sum(count.values())
+    distinct = len({(label, score) for entry in predictions.values()
+                    for label, score in zip(entry["labels"], entry["scores"].tolist())})
+    if total - distinct > 0.01 * total:
+        yield (f"{total - distinct} of {total} detections repeat a score of their class; the order of ties depends on "
+               "the CPU and can move the mAP by some tenths of a percent (write scores with more digits)")
+
+
+def is_number(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def shorten(value, limit: int = 80) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= limit else text[:limit] + "..."
+
+
+if __name__ == "__main__":
+    sys.exit(main())
+
+
+# ------------------------------------------------------------------------------------------------ detection
+class Detections(NamedTuple):
+    """What `detect` returns, per video name; times in seconds."""
+    predictions: dict   # {video: {"segments": (M, 2), "labels": [str], "scores": (M,)}}, best first
+    lambda_lang: dict   # {video: (T,) weight of language at each step of the grid}, empty without language
+    advantage: dict     # {video: (T,) predicted advantage}
+
+
+@torch.no_grad()
+def detect(model, dataset, batch_size: int = 1, nms_sigma: float = 0.5, voting: float = 0.0,
+           use_language: bool = True) -> Detections:
+    """Run the model over the sliding windows of a test set: merge the windows of each video, then soft-NMS.
+
+    model: ActionVLM. dataset: TALDataset with training=False. Segments are clamped to [0, duration].
+    """
+    model.eval()
+    device, classes = next(model.parameters()).device, model.config.classes
+    found, steps = {v.name: [] for v in dataset.videos}, {"lambda_lang": {}, "advantage": {}}
+    loader = DataLoader(dataset, batch_size, collate_fn=partial(collate, multiple=model.multiple))
+    for batch in tqdm(loader, desc="detect", leave=False, dynamic_ncols=True, disable=None):
+        output = model(batch.to(device), use_language)
+        for b, window in enumerate(batch.windows):
+            segments, scores, labels = decode(*([level[b] for level in part] for part in output[:2]), output.points,
+                                              [m[b] for m in output.mask])
+            found[window.video.name].append((segments.cpu() + window.start, scores.cpu(), labels.cpu()))
+            for name in steps if output.advantage is not None else ():
+                put_steps(steps[name], window, getattr(output, name)[b, :window.length].cpu().numpy())
+    predictions = {}
+    for video in dataset.videos:
+        segments, scores, labels = nms_per_class(*(torch.cat(part) for part in zip(*found[video.name])),
+                                                 sigma=nms_sigma, voting_threshold=voting)
+        seconds = grid_to_seconds(segments.numpy().astype(np.float64), video.fps, dataset.stride, dataset.num_frames)
+        predictions[video.name] = {"segments": seconds.clip(0, video.duration), "scores": scores.numpy(),
+                                   "labels": [classes[i] for i in labels]}
+    return Detections(predictions, **steps)
+
+
+def put_steps(series: dict, window, values: np.ndarray) -> None:
+    """Write a window's per-step values into its video's series; overlapping windows: the later one counts."""
+    old = series.get(window.video.name, np.zeros(0, np.float32))
+    new = np.zeros(max(len(old), window.start + len(values)), np.float32)
+    new[:len(old)] = old
+    new[window.start:window.start + len(values)] = values
+    series[window.video.name] = new
+
+
+def write_result(path, predictions: dict) -> None:
+    """Write predictions as an ActivityNet result file: {"results": {video: [{label, score, segment (seconds)}]}}."""
+    results = {name: [{"label": label, "score": float(score), "segment": [float(t) for t in segment]}
+                      for label, score, segment in zip(p["labels"], p["scores"], p["segments"])]
+               for name, p in predictions.items()}
+    content = {"version": "ActionVLM", "results": results, "external_data": {}}
+    Path(path).write_text(json.dumps(content) + "\n")
+
+
+def to_ground_truth(videos) -> dict:
+    """data.Video list -> what `mean_average_precision` takes."""
+    return {v.name: {"segments": v.segments, "labels": v.labels} for v in videos}

@@ -1,0 +1,158 @@
+"""model.py - ActionVLM (paper §3.1, §3.4): vision encoder -> language features -> aggregation -> detection head.
+
+Dimensions: B batch, L frames (steps) of a window, D feature width (the language model's hidden width), V width of the
+vision encoder or of the feature files, C classes, S pyramid levels, N tokens.
+"""
+import math
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import nn
+
+from advantage import AdvantagePredictor, ClassMeanLoss
+from head import DetectionHead
+from vlm import LanguageModel, proposal_text
+
+IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)     # what VideoMAE was trained with
+
+
+@dataclass
+class Config:
+    """Everything that builds the model; a checkpoint holds it."""
+    descriptions: dict                  # {label: T_desc}, in class order
+    lm: str                             # folder of the language model
+    dim: int                            # D, its hidden width
+    feature_dim: int = 0                # V of the feature files; 0 = frames through the vision encoder
+    vision: dict = field(default_factory=dict)   # fields of transformers' VideoMAEConfig
+    lora_rank: int = 128
+    lora_alpha: int = 256
+    layout: str = "frames-first"        # or "text-first", see vlm.py
+    lambda_lang: float | None = None    # None: predicted (Eq. 4); a number: fixed (Table 4); 0: vision only
+    width: int = 512                    # of the detection head
+    levels: int = 6                     # S
+    head_window: int = 19               # attention window of the head in steps, 0 = global
+
+    @property
+    def classes(self) -> list:
+        return list(self.descriptions)
+
+
+class Output(NamedTuple):
+    """What the model predicts for a batch. Level s of S has L_s = L / 2^s steps."""
+    cls_logits: list                    # S x (B, L_s, C)
+    offsets: list                       # S x (B, L_s, 2) >= 0, distances to start and end in units of the stride
+    points: list                        # S x (L_s, 4) rows [t, range_lo, range_hi, stride]
+    mask: list                          # S x (B, L_s) bool, False on padding
+    advantage: torch.Tensor | None      # (B, L) predicted language advantage (Eq. 2); None without language
+    lambda_lang: torch.Tensor | None    # (B, L) in [0, 1); None without language
+    text_loss: torch.Tensor | None      # () L_tg (Eq. 8), in training with language
+
+
+class ActionVLM(nn.Module):
+    """The method: F_vis -> F_lang -> (F_cls, F_loc) -> proposals."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        C, D = len(config.descriptions), config.dim
+        self.vision = VisionEncoder(config.vision) if not config.feature_dim else None
+        self.project = nn.Linear(config.feature_dim or self.vision.dim, D)
+        self.language = None
+        if config.lambda_lang != 0:
+            self.language = LanguageModel(config.lm, config.descriptions, config.lora_rank, config.lora_alpha,
+                                          config.layout)
+        self.predict_advantage = AdvantagePredictor(D)
+        self.head = DetectionHead(D, C, config.width, config.levels, window=config.head_window)
+        self.class_mean = ClassMeanLoss(C)
+
+    @property
+    def multiple(self) -> int:
+        """What a window's padded length is a multiple of: the pyramid halves it, VideoMAE cuts it into clips."""
+        return math.lcm(2 ** (self.config.levels - 1), self.vision.clip if self.vision else 1)
+
+    def forward(self, batch, use_language: bool = True) -> Output:
+        """batch: data.Batch. Without language the language model is not run at all."""
+        x = batch.inputs if self.vision is None else self.vision(batch.inputs, batch.mask)     # (B, L, V)
+        f_vis = self.normalise(self.project(x))                                                # (B, L, D)
+        if not use_language or self.language is None:
+            return Output(*self.head(f_vis, f_vis, batch.mask), None, None, None)
+        lang = self.language(f_vis, batch.mask, self.answers(batch) if self.training else None)
+        advantage = self.predict_advantage(lang.f_adv)                                         # Eq. 2
+        lambda_lang = language_weight(advantage) * batch.mask                                  # Eq. 4
+        if self.config.lambda_lang is not None:
+            lambda_lang = torch.full_like(advantage, self.config.lambda_lang) * batch.mask     # Table 4
+        f_cls = aggregate(f_vis, self.normalise(lang.f_lang_cls), lambda_lang)                 # Eq. 5
+        f_loc = aggregate(f_vis, self.normalise(lang.f_lang_loc), lambda_lang)
+        return Output(*self.head(f_cls, f_loc, batch.mask), advantage, lambda_lang, lang.text_loss)
+
+    @torch.no_grad()
+    def calibrate(self, batches) -> None:
+        """Start the projection at zero mean and unit variance of each of its inputs, as seen in a few batches.
+
+        What is constant in the features of an encoder or a file would otherwise dominate F_vis after `normalise`.
+        """
+        inputs = [batch.inputs if self.vision is None else self.vision(batch.inputs, batch.mask) for batch in batches]
+        x = torch.cat([x[batch.mask] for x, batch in zip(inputs, batches)]).double()           # (frames, V)
+        scale = 1 / x.std(0, correction=0).clamp(min=1e-6 * float(x.abs().max()) + 1e-12)
+        self.project.weight.mul_(scale)
+        self.project.bias.copy_(-self.project.weight.double() @ x.mean(0))
+
+    def normalise(self, f):
+        """LayerNorm without parameters on both streams, so that lambda weighs like against like."""
+        return F.layer_norm(f, f.shape[-1:])
+
+    def answers(self, batch) -> list:
+        """The ground truth of each window as the text T_pred."""
+        names = self.config.classes
+        return [proposal_text(s.tolist(), [names[i] for i in l.tolist()])
+                for s, l in zip(batch.segments, batch.labels)]
+
+
+def language_weight(advantage: torch.Tensor) -> torch.Tensor:
+    """Eq. 4: lambda_lang = 2 sigmoid(ReLU(A)) - 1, (B, L) -> (B, L) in [0, 1).
+
+    clamp is ReLU with slope 1 (not 0) at exactly 0, where the predictor starts: the detection loss reaches it there.
+    """
+    return 2 * torch.sigmoid(advantage.clamp(min=0)) - 1                                       # Eq. 4
+
+
+def aggregate(f_vis: torch.Tensor, f_lang: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Eq. 5: language as a weighted residual. f_vis, f_lang (B, L, D), weight (B, L) -> (B, L, D)."""
+    return f_vis + weight[..., None] * f_lang                                                  # Eq. 5
+
+
+class VisionEncoder(nn.Module):
+    """E_vis: VideoMAE on clips of 16 frames, mean over space, linear interpolation in time to one feature per frame.
+
+    config: fields of transformers' VideoMAEConfig (image_size, hidden_size, ...).
+    """
+
+    def __init__(self, config: dict):
+        super().__init__()
+        from transformers import VideoMAEConfig, VideoMAEModel
+        self.videomae = VideoMAEModel(VideoMAEConfig(**config, use_mean_pooling=True))   # no norm over tokens
+        self.dim = self.videomae.config.hidden_size
+        self.clip, self.tubelet = self.videomae.config.num_frames, self.videomae.config.tubelet_size
+
+    def forward(self, frames: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """frames (B, L, 3, H, W) uint8, mask (B, L) bool -> (B, L, V); L is a multiple of the clip length."""
+        B, L = mask.size()
+        if L % self.clip:
+            raise ValueError(f"expected a multiple of {self.clip} frames, found {L}")
+        mean, std = (frames.new_tensor(m, dtype=torch.float32)[:, None, None] for m in (IMAGE_MEAN, IMAGE_STD))
+        pixels = rearrange((frames / 255 - mean) / std, "b (n f) c h w -> (b n) f c h w", f=self.clip)
+        tokens = self.videomae(pixels).last_hidden_state                                 # (B L/clip, tokens, V)
+        steps = rearrange(tokens, "(b n) (t hw) v -> b (n t) hw v", b=B, t=self.clip // self.tubelet).mean(2)
+        # Padding takes the last real step, or interpolation would mix it into the last real frame.
+        last = ((mask.sum(1) - 1) // self.tubelet).clamp(min=0)                          # (B,)
+        index = torch.arange(steps.size(1), device=steps.device)[None].minimum(last[:, None])
+        steps = steps.gather(1, index[..., None].expand_as(steps))                       # (B, L/tubelet, V)
+        return rearrange(F.interpolate(rearrange(steps, "b t v -> b v t"), L, mode="linear"), "b v l -> b l v")
+
+
+# A VideoMAE small enough to train from scratch on a CPU; a wide start, since the usual 0.02 suits wide layers.
+TINY_VISION = dict(hidden_size=96, num_hidden_layers=2, num_attention_heads=4, intermediate_size=192,
+                   image_size=32, patch_size=8, num_frames=16, tubelet_size=2, initializer_range=0.2)

@@ -1,0 +1,49 @@
+"""Shared fixtures: a tiny model on random features, small enough to run everywhere in milliseconds."""
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")                    # a test that wants the network is a wrong test
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import numpy as np
+import pytest
+import torch
+
+import vlm
+from data import Batch
+from model import ActionVLM, Config
+
+CLASSES = {"Jump": "The person bends the knees, then leaves the ground.", "Run": "Legs alternate quickly.",
+           "Throw": "The arm swings forward and lets the ball go."}
+
+
+@pytest.fixture(scope="session")
+def lm_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("lm") / "tiny"
+    vlm.make_tiny_lm(folder, [vlm.instruction(CLASSES), "Jump: 12-48, Run: 60-75."], dim=32)
+    return str(folder)
+
+
+@pytest.fixture
+def make_model(lm_folder):
+    """Factory of small models; keyword arguments go to Config."""
+    def make(seed=0, **config):
+        torch.manual_seed(seed)
+        defaults = dict(descriptions=CLASSES, lm=lm_folder, dim=32, feature_dim=8, lora_rank=4, lora_alpha=8,
+                        width=16, levels=3, head_window=0)
+        return ActionVLM(Config(**(defaults | config)))
+    return make
+
+
+def feature_batch(lengths, L=None, V=8, seed=0, segments=None, labels=None):
+    """A Batch of random features: one clip per length, padded to L."""
+    rng = np.random.default_rng(seed)
+    L = L or -(-max(lengths) // 4) * 4
+    inputs = torch.zeros(len(lengths), L, V)
+    for b, n in enumerate(lengths):
+        inputs[b, :n] = torch.from_numpy(rng.normal(size=(n, V)).astype(np.float32))
+    mask = torch.arange(L)[None] < torch.tensor(lengths)[:, None]
+    segments = segments or [torch.tensor([[1.0, 6.0]])] * len(lengths)
+    labels = labels or [torch.tensor([1])] * len(lengths)
+    return Batch(inputs, mask, segments, labels, windows=[])

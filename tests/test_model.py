@@ -1,0 +1,145 @@
+"""Eq. 4, 5 and the whole model: weights, aggregation, gradients, padding, the vision encoder."""
+import pytest
+import torch
+from conftest import CLASSES, feature_batch
+
+from model import TINY_VISION, VisionEncoder, aggregate, language_weight
+
+
+def test_eq4_language_weight_by_hand_and_limits():
+    weight = language_weight(torch.tensor([[-5.0, 0.0, 1.0, 3.0]]))
+    torch.testing.assert_close(weight, torch.tensor([[0.0, 0.0, 0.46211716, 0.90514825]]))      # tanh(A / 2)
+    assert language_weight(torch.tensor([[10.0]])).item() < 1
+
+
+def test_eq4_gradient_is_half_at_zero_and_none_below():
+    advantage = torch.tensor([[-1.0, 0.0, 2.0]], requires_grad=True)
+    language_weight(advantage).sum().backward()
+    torch.testing.assert_close(advantage.grad, torch.tensor([[0.0, 0.5, 0.20998716]]))          # 2 s (1 - s)
+
+
+def test_eq5_aggregate_by_hand():
+    f_vis, f_lang = torch.tensor([[[1.0, 2.0], [3.0, 4.0]]]), torch.tensor([[[10.0, 20.0], [30.0, 40.0]]])
+    out = aggregate(f_vis, f_lang, torch.tensor([[0.5, 0.0]]))
+    torch.testing.assert_close(out, torch.tensor([[[6.0, 12.0], [3.0, 4.0]]]))
+
+
+def open_language(model):
+    """Make the predictor expect an advantage, so that language takes part."""
+    torch.nn.init.normal_(model.predict_advantage.fc.weight, std=0.5)
+    torch.nn.init.constant_(model.predict_advantage.fc.bias, 0.5)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+
+
+def test_language_starts_silent(make_model):
+    model, batch = make_model().eval(), feature_batch([8, 12])
+    vision, full = model(batch, use_language=False), model(batch)
+    assert torch.equal(full.lambda_lang, torch.zeros(2, 12)) and full.advantage.shape == (2, 12)
+    for a, b in zip(vision.cls_logits + vision.offsets, full.cls_logits + full.offsets):
+        assert torch.equal(a, b)
+
+
+def test_vision_only_does_not_run_the_language_model(make_model, monkeypatch):
+    model = make_model()
+    monkeypatch.setattr(model.language, "forward", lambda *args: pytest.fail("the language model ran"))
+    output = model(feature_batch([8]), use_language=False)
+    assert output.advantage is None and output.lambda_lang is None and output.text_loss is None
+
+
+def test_fixed_lambda_zero_has_no_language_model(make_model):
+    model = make_model(lambda_lang=0.0)
+    assert model.language is None and model(feature_batch([8])).lambda_lang is None
+
+
+def test_fixed_lambda_is_the_weight_at_every_real_frame(make_model):
+    output = make_model(lambda_lang=0.4)(feature_batch([6], L=8))
+    torch.testing.assert_close(output.lambda_lang, torch.tensor([[0.4] * 6 + [0.0] * 2]))
+
+
+def test_output_shapes(make_model):
+    output = make_model()(feature_batch([8, 12]))
+    assert [tuple(x.shape) for x in output.cls_logits] == [(2, 12, 3), (2, 6, 3), (2, 3, 3)]
+    assert [tuple(x.shape) for x in output.offsets] == [(2, 12, 2), (2, 6, 2), (2, 3, 2)]
+    assert [tuple(x.shape) for x in output.points] == [(12, 4), (6, 4), (3, 4)]
+    assert [x.sum().item() for x in output.mask] == [20, 10, 5] and output.text_loss.shape == ()
+
+
+@pytest.mark.parametrize("layout", ["frames-first", "text-first"])
+def test_single_equals_batched(make_model, layout):
+    model = make_model(layout=layout).eval()
+    open_language(model)
+    both, alone = model(feature_batch([7, 24])), model(feature_batch([7]))
+    assert both.lambda_lang[0, :7].max() > 0.01
+    torch.testing.assert_close(both.lambda_lang[:1, :7], alone.lambda_lang[:, :7], atol=1e-5, rtol=1e-5)
+    for name in ("cls_logits", "offsets"):
+        for level, (a, b) in enumerate(zip(getattr(both, name), getattr(alone, name))):
+            n = -(-7 // 2 ** level)
+            torch.testing.assert_close(a[:1, :n], b[:, :n], atol=1e-4, rtol=1e-4)
+
+
+def test_gradients_of_the_detection_loss_reach_every_part(make_model):
+    model = make_model()
+    open_language(model)
+    output = model(feature_batch([12, 12]))
+    (sum(x.square().sum() for x in output.cls_logits + output.offsets) + output.text_loss).backward()
+    lacking = [n for n, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
+    assert lacking == []
+
+
+def test_detection_loss_reaches_the_predictor_where_it_starts(make_model):
+    """'Learnable lambda without L_adv' (Table 4) would never leave 0 with a ReLU of slope 0 there."""
+    model = make_model()
+    output = model(feature_batch([12]))
+    sum(x.square().sum() for x in output.cls_logits).backward()
+    assert model.predict_advantage.fc.bias.grad.abs() > 0
+
+
+def test_calibrate_gives_the_projection_zero_mean_and_the_scale_of_a_linear_layer(make_model):
+    model, batch = make_model(), feature_batch([200, 160])
+    batch.inputs = batch.inputs * 1000 + 50000
+    model.calibrate([batch])
+    before = model.project(batch.inputs)[batch.mask]
+    assert before.mean(0).abs().max() < 1e-2 and 0.2 < before.std() < 1.5
+
+
+def vision(**changes):
+    torch.manual_seed(0)
+    return VisionEncoder(TINY_VISION | changes).eval()
+
+
+def test_vision_encoder_gives_one_feature_per_frame():
+    frames = torch.randint(0, 256, (2, 32, 3, 32, 32), dtype=torch.uint8)
+    assert vision()(frames, torch.ones(2, 32, dtype=torch.bool)).shape == (2, 32, 96)
+
+
+def test_vision_encoder_single_equals_batched_under_padding():
+    encoder = vision()
+    frames = torch.randint(0, 256, (2, 48, 3, 32, 32), dtype=torch.uint8)
+    for length in (9, 16):
+        frames[0, length:] = 0
+        mask = torch.arange(48)[None] < torch.tensor([[length], [48]])
+        both, alone = encoder(frames, mask), encoder(frames[:1, :16], mask[:1, :16])
+        torch.testing.assert_close(both[0, :length], alone[0, :length], atol=1e-5, rtol=1e-5)
+
+
+def test_vision_encoder_is_videomae_pooled_over_space_and_interpolated_in_time():
+    encoder = vision()
+    frames = torch.randint(0, 256, (1, 16, 3, 32, 32), dtype=torch.uint8)
+    pixels = (frames / 255 - torch.tensor([0.485, 0.456, 0.406])[:, None, None]) \
+        / torch.tensor([0.229, 0.224, 0.225])[:, None, None]
+    steps = encoder.videomae(pixels).last_hidden_state[0].reshape(8, 16, 96).mean(1)          # (8, V)
+    out = encoder(frames, torch.ones(1, 16, dtype=torch.bool))[0]
+    torch.testing.assert_close(out[0], steps[0])
+    torch.testing.assert_close(out[1], 0.75 * steps[0] + 0.25 * steps[1])
+    torch.testing.assert_close(out[15], steps[7])
+
+
+def test_vision_encoder_has_no_norm_over_tokens():
+    assert vision().videomae.layernorm is None
+
+
+def test_vision_encoder_says_what_length_it_takes():
+    with pytest.raises(ValueError, match="multiple of 16"):
+        vision()(torch.zeros(1, 8, 3, 32, 32, dtype=torch.uint8), torch.ones(1, 8, dtype=torch.bool))

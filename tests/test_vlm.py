@@ -1,0 +1,161 @@
+"""Language feature generation (§3.2, Eq. 7-8, Appendix B): prompt, answer, attention, LoRA."""
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import CLASSES
+
+import vlm
+from vlm import LanguageModel, instruction, parse_proposals, prefix_lm_mask, proposal_text
+
+
+def make(lm_folder, seed=0, **kwargs):
+    torch.manual_seed(seed)
+    model = LanguageModel(lm_folder, CLASSES, lora_rank=4, lora_alpha=8, **kwargs).eval()
+    for name, parameter in model.named_parameters():                # LoRA's B starts at 0: make it count
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def inputs(lengths=(8,), L=8, D=32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    f = torch.randn(len(lengths), L, D, generator=generator)
+    mask = torch.arange(L)[None] < torch.tensor(lengths)[:, None]
+    return f * mask[..., None], mask
+
+
+def test_instruction_holds_every_label_with_its_description():
+    text = instruction(CLASSES)
+    for label, sentence in CLASSES.items():
+        assert f"{label}: {sentence}" in text
+
+
+def test_eq7_proposal_text_is_in_order_of_start_with_whole_frames():
+    assert proposal_text([[60.4, 75.0], [11.6, 48.2]], ["Diving", "LongJump"]) == "LongJump: 12-48, Diving: 60-75."
+    assert proposal_text([], []) == vlm.NO_ACTION
+
+
+def test_eq7_text_round_trip():
+    text = proposal_text([[3, 9], [1, 5]], ["Run", "Jump"])
+    assert parse_proposals(text, list(CLASSES)) == [("Jump", 1, 5), ("Run", 3, 9)]
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("", []), (vlm.NO_ACTION, []), ("Jump", []), ("jump : 3 - 9", [("Jump", 3, 9)]), ("Fly: 1-2, Run: 5-3", [("Run", 5, 3)]),
+    ("Run: 1-2, Run: 1-2", [("Run", 1, 2)] * 2), ("Run: 99999999999999-2", []), ("\x00\ud83d::--,,", []),
+])
+def test_parse_proposals_takes_whatever_a_language_model_writes(text, expected):
+    assert parse_proposals(text, list(CLASSES)) == expected
+
+
+def test_prefix_lm_mask_by_hand():
+    mask = prefix_lm_mask(torch.tensor([[True, False, True, True, True]]), prefix=3)[0, 0].int().tolist()
+    assert mask == [[1, 0, 1, 0, 0],
+                    [1, 1, 1, 0, 0],      # padding sees, and is seen by itself alone
+                    [1, 0, 1, 0, 0],
+                    [1, 0, 1, 1, 0],
+                    [1, 0, 1, 1, 1]]
+
+
+def test_prefix_zero_is_the_causal_mask():
+    assert torch.equal(prefix_lm_mask(torch.ones(1, 4, dtype=torch.bool), 0)[0, 0], torch.ones(4, 4).tril().bool())
+
+
+@pytest.mark.parametrize("layout", ["frames-first", "text-first"])
+def test_language_features_depend_on_the_descriptions(lm_folder, layout):
+    model, (f, mask) = make(lm_folder, layout=layout), inputs()
+    before = model(f, mask)
+    model.set_descriptions(dict(zip(CLASSES, reversed(CLASSES.values()))))
+    after = model(f, mask)
+    for a, b in zip(before[:3], after[:3]):
+        assert (a - b).abs().max() > 1e-3
+
+
+def test_under_a_causal_mask_frames_first_cannot_see_the_descriptions(lm_folder, monkeypatch):
+    model, (f, mask) = make(lm_folder), inputs()
+    monkeypatch.setattr(vlm, "prefix_lm_mask", lambda valid, prefix: prefix_lm_mask(valid, 0))
+    before = model(f, mask)
+    model.set_descriptions(dict(zip(CLASSES, reversed(CLASSES.values()))))
+    after = model(f, mask)
+    for a, b in zip(before[:3], after[:3]):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("layout", ["frames-first", "text-first"])
+def test_language_features_do_not_see_the_answer(lm_folder, layout):
+    model, (f, mask) = make(lm_folder, layout=layout), inputs()
+    plain = model(f, mask)
+    for answer in ("Jump: 1-5.", "Run: 0-7, Throw: 2-3."):
+        with_answer = model(f, mask, [answer])
+        for a, b in zip(plain[:3], with_answer[:3]):
+            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("layout", ["frames-first", "text-first"])
+def test_single_equals_batched_under_padding(lm_folder, layout):
+    model = make(lm_folder, layout=layout)
+    f, mask = inputs((5, 12), L=12)
+    answers = ["Jump: 1-5.", "Run: 0-7, Throw: 2-3."]
+    both, alone = model(f, mask, answers), model(f[:1, :8], mask[:1, :8], answers[:1])
+    for a, b in zip(both[:3], alone[:3]):
+        torch.testing.assert_close(a[:1, :5], b[:, :5], atol=1e-5, rtol=1e-5)
+
+
+def test_the_three_special_tokens_give_three_features_of_the_right_shape(lm_folder):
+    out = make(lm_folder)(*inputs((5, 8)))
+    assert all(x.shape == (2, 8, 32) for x in out[:3])
+    assert (out.f_lang_cls - out.f_lang_loc).abs().max() > 1e-3 and (out.f_lang_cls - out.f_adv).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("layout", ["frames-first", "text-first"])
+def test_eq8_text_loss_is_the_cross_entropy_of_the_answer_tokens(lm_folder, layout):
+    """Against transformers' own forward over the whole sequence, with every logit computed."""
+    model, (f, mask) = make(lm_folder, layout=layout), inputs()
+    answer = "Jump: 1-5, Run: 0-7."
+    tokenize = lambda text: torch.tensor(model.tokenizer(text, add_special_tokens=False).input_ids)
+    answer_ids = torch.cat([tokenize(answer), torch.tensor([model.tokenizer.eos_token_id])])
+    frames, prompt = model.frame_tokens(f, mask)[0], model.embed(tokenize(instruction(CLASSES)))[None]
+    first = [frames, prompt] if layout == "frames-first" else [prompt, frames]
+    tokens = torch.cat([*first, model.embed(torch.cat([tokenize(vlm.ANSWER), answer_ids]))[None]], 1)
+    N, prefix = tokens.size(1), frames.size(1) + prompt.size(1)
+    seen = prefix_lm_mask(torch.ones(1, N, dtype=torch.bool), prefix if layout == "frames-first" else 0)
+    logits = model.lm(inputs_embeds=tokens, attention_mask=seen).logits[0]
+    expected = F.cross_entropy(logits[N - len(answer_ids) - 1:N - 1], answer_ids)
+    torch.testing.assert_close(model(f, mask, [answer]).text_loss, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_eq8_text_loss_is_the_mean_over_all_answer_tokens_of_the_batch(lm_folder):
+    model, (f, mask) = make(lm_folder), inputs((8, 8))
+    answers = ["Jump: 1-5.", "No action."]
+    count = [len(model.tokenizer(a).input_ids) + 1 for a in answers]
+    one, two = (model(f[b:b + 1], mask[b:b + 1], [answers[b]]).text_loss for b in (0, 1))
+    torch.testing.assert_close(model(f, mask, answers).text_loss, (one * count[0] + two * count[1]) / sum(count))
+
+
+def test_only_lora_and_special_tokens_are_trained(lm_folder):
+    trained = [n for n, p in make(lm_folder).named_parameters() if p.requires_grad]
+    assert "special_tokens" in trained and all("lora_" in n for n in trained if n != "special_tokens")
+    assert any("gate_proj.lora_A" in n for n in trained) and any("q_proj.lora_B" in n for n in trained)
+    assert not any("lm_head" in n for n in trained)
+
+
+def test_gradients_reach_lora_special_tokens_and_vision(lm_folder):
+    model, (f, mask) = make(lm_folder).train(), inputs()
+    f.requires_grad_()
+    out = model(f, mask, ["Jump: 1-5."])
+    (out.f_lang_cls.sum() + out.f_lang_loc.square().sum() + out.f_adv.square().sum() + out.text_loss).backward()
+    assert f.grad.abs().sum() > 0 and (model.special_tokens.grad.abs().sum(1) > 0).all()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_the_tiny_tokenizer_gives_back_what_it_read(lm_folder):
+    tokenizer = make(lm_folder).tokenizer
+    for text in (instruction(CLASSES), "Jump: 12-48, Run: 60-75.", "unseen words, 3.14: \u00e9\u4e2d\n"):
+        assert tokenizer.decode(tokenizer(text).input_ids) == text
+
+
+def test_the_tiny_language_model_is_the_same_when_made_again(tmp_path):
+    for name in "ab":
+        vlm.make_tiny_lm(tmp_path / name, [instruction(CLASSES)], dim=16)
+    for file in ("tokenizer.json", "model.safetensors", "config.json"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()

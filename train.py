@@ -1,0 +1,430 @@
+"""train.py - Algorithm 1 (paper §3.3, §3.6): vision-only and vision-language epochs in turn.
+
+    python train.py                                 # the demo: renders videos, trains, evaluates; minutes on a CPU
+    python train.py --dataset custom --features DIR --annotations FILE --descriptions FILE
+    python train.py --dataset custom --videos DIR --annotations FILE --descriptions FILE
+    python train.py ... --resume                    # go on from the checkpoint in --out
+
+Writes into --out: checkpoint.safetensors, log.jsonl, result.json (ActivityNet format), report.png.
+"""
+import argparse
+import json
+import math
+import os
+import sys
+import time
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+import figures
+from advantage import advantage_loss, frame_classes, language_advantage
+from data import (PRESETS, InputError, TALDataset, collate, find_files, load_annotations, load_descriptions, make_demo,
+                  open_features, probe, subset_of)
+from evaluate import detect, format_table, mean_average_precision, to_ground_truth, write_result
+from head import detection_loss
+from model import TINY_VISION, ActionVLM, Config
+from vlm import instruction, make_tiny_lm, proposal_text
+
+
+def vision_only_epoch(run, loader) -> dict:
+    """Algorithm 1, lines 1-8: train without language, and record the mean loss of each class."""
+    run.model.train()
+    run.model.class_mean.reset()                                                  # line 2
+    for batch in run.batches(loader, "vision-only"):
+        output = run.model(batch, use_language=False)
+        dh = run.detection_loss(output, batch)                                    # line 4
+        run.model.class_mean.update(dh.frame_loss, run.frame_classes(batch), batch.mask)   # line 5
+        run.step(dh.loss_dh, loss_cls=dh.loss_cls, loss_loc=dh.loss_loc)          # line 6
+    run.model.class_mean.sync()
+    return run.end_epoch()
+
+
+def vision_language_epoch(run, loader) -> dict:
+    """Algorithm 1, lines 9-18: train with language, weighed by the advantage that [adv] predicts."""
+    run.model.train()
+    args, class_mean = run.args, run.model.class_mean.mean()
+    for batch in run.batches(loader, "vision-language"):
+        output = run.model(batch)                                                 # lines 11, 12: Eq. 2, 4, 5, 7
+        dh = run.detection_loss(output, batch)                                    # line 13: Eq. 6
+        advantage = language_advantage(class_mean, dh.frame_loss, run.frame_classes(batch))        # line 14: Eq. 1
+        loss_adv = advantage_loss(output.advantage, advantage, batch.mask)        # line 15: Eq. 3
+        lambda_adv = 0.0 if isinstance(args.lambda_lang, float) else args.lambda_adv   # a fixed weight has no use for it
+        loss = dh.loss_dh + args.lambda_tg * output.text_loss + lambda_adv * loss_adv  # line 16: Eq. 9
+        run.step(loss, loss_cls=dh.loss_cls, loss_loc=dh.loss_loc, loss_tg=output.text_loss, loss_adv=loss_adv,
+                 lambda_lang=output.lambda_lang.sum() / batch.mask.sum(), advantage=advantage[batch.mask].mean())
+    return run.end_epoch()
+
+
+class Run:
+    """One training run: model, optimizer, weight average, position, log. Its state is what a checkpoint holds."""
+
+    def __init__(self, model: ActionVLM, args, steps_per_epoch: int):
+        self.model, self.args, self.steps_per_epoch = model, args, steps_per_epoch
+        self.device = torch.device(args.device)
+        model.to(self.device)
+        self.optimizer = torch.optim.AdamW(parameter_groups(model, args), betas=(0.9, 0.999))
+        self.ema = {n: p.detach().clone() for n, p in trained_parameters(model)} if args.ema else {}
+        self.epoch, self.global_step, self.terms = 0, 0, []
+
+    def batches(self, loader, kind: str):
+        """Batches on the device, behind a progress bar with the time left of this epoch."""
+        self.started = time.time()
+        loader.dataset.epoch = self.epoch
+        loader.generator.manual_seed(self.args.seed * 100003 + self.epoch)       # the order depends on the epoch alone
+        bar = tqdm(loader, desc=f"epoch {self.epoch + 1}/{self.args.epochs} {kind}", leave=False, dynamic_ncols=True,
+                   disable=None)
+        for batch in bar:
+            yield batch.to(self.device)
+
+    def frame_classes(self, batch):
+        return frame_classes(batch.segments, batch.labels, batch.mask.size(1), len(self.model.config.classes))
+
+    def detection_loss(self, output, batch):
+        return detection_loss(output, batch.segments, batch.labels, self.model.head.loss_normalizer,
+                              self.args.lambda_loc, self.args.label_smoothing)
+
+    def step(self, loss: torch.Tensor, **terms) -> None:
+        """One optimizer step: warm-up and cosine learning rate, clipped gradient, weight average."""
+        factor = lr_factor(self.global_step, self.steps_per_epoch, self.args.epochs, self.args.warmup_epochs)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["base_lr"] * factor
+        self.optimizer.zero_grad(set_to_none=True)       # parameters without gradient (language, in turn) are skipped
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), self.args.clip)
+        self.optimizer.step()
+        if self.args.ema:
+            average, current = list(self.ema.values()), [p.detach() for _, p in trained_parameters(self.model)]
+            torch._foreach_lerp_(average, current, 1 - self.args.ema)
+        self.global_step += 1
+        self.terms.append({"loss": loss.detach(), **{k: v.detach() for k, v in terms.items()}})
+
+    def end_epoch(self) -> dict:
+        """Mean of every term over the epoch; non-finite losses stop the run."""
+        means = {k: torch.stack([t[k] for t in self.terms]).mean().item() for k in self.terms[0]}
+        self.terms, self.epoch = [], self.epoch + 1
+        if not math.isfinite(means["loss"]):
+            raise InputError(f"epoch {self.epoch}: the loss is not finite: {means}; lower --lr or look at the inputs")
+        return means | {"lr": self.optimizer.param_groups[0]["lr"], "seconds": round(time.time() - self.started, 2)}
+
+
+def main(argv=None) -> int:
+    """The whole run: data, model, Algorithm 1, evaluation, report."""
+    args = get_args(argv)
+    torch.manual_seed(args.seed)
+    out = Path(args.out)
+    try:
+        training, test, descriptions = load_data(args)
+        model = ActionVLM(load_config(args, training, descriptions))
+        run = Run(model, args, steps_per_epoch=math.ceil(len(training) / args.batch_size))
+        if args.resume:
+            load_checkpoint(out / "checkpoint.safetensors", run)
+        else:
+            first = range(0, len(training), max(1, len(training) // 16))         # 16 videos over the whole set
+            model.calibrate([collate([training[i]], model.multiple).to(args.device) for i in first])
+        train(run, training, test, out)
+        return 0
+    except InputError as error:
+        print(f"train.py: error: {error}", file=sys.stderr)
+        return 2
+
+
+def train(run: Run, training: TALDataset, test: TALDataset, out: Path) -> None:
+    """Algorithm 1 over all epochs, then the evaluation."""
+    args, model = run.args, run.model
+    loader = make_loader(run, training)
+    print(f"{len(training)} training videos, {len(test.videos)} test videos, {len(model.config.classes)} classes")
+    print(describe_parameters(model, args))
+    started, first = time.time(), run.epoch
+    for epoch in range(run.epoch, args.epochs):
+        with_language = model.language is not None and epoch % 2 == 1
+        terms = (vision_language_epoch if with_language else vision_only_epoch)(run, loader)
+        left = (time.time() - started) / (run.epoch - first) * (args.epochs - run.epoch)
+        log_epoch(out, run, "vision-language" if with_language else "vision-only", terms, left)
+        save_checkpoint(out / "checkpoint.safetensors", run)
+    use_average(run)
+    results = detect(model, test, args.batch_size, args.nms_sigma)
+    metric = mean_average_precision(to_ground_truth(test.videos), results.predictions, args.tiou)
+    write_result(out / "result.json", results.predictions)
+    figures.report(out / "report.png", read_log(out / "log.jsonl"), test.videos, results)
+    print(format_table(metric, args.tiou))
+    print(f"{time.time() - started:.0f} s; wrote checkpoint.safetensors, log.jsonl, result.json, report.png to {out}")
+
+
+def log_epoch(out: Path, run: Run, kind: str, terms: dict, seconds_left: float) -> None:
+    """One line on the screen, one in log.jsonl; the class means after a vision-only epoch."""
+    shown = "  ".join(f"{k} {v:.4f}" for k, v in terms.items() if k not in ("lr", "seconds"))
+    print(f"epoch {run.epoch:3d}/{run.args.epochs} {kind:15s} {shown}  lr {terms['lr']:.1e}  "
+          f"{terms['seconds']:.0f} s, {seconds_left / 60:.1f} min left")
+    row = {"epoch": run.epoch, "step": run.global_step, "kind": kind, **terms}
+    if kind == "vision-only":
+        names = [*run.model.config.classes, "background"]
+        row["class_mean"] = {n: round(m, 4) for n, m in zip(names, run.model.class_mean.mean().tolist())}
+        print("          class means: " + ", ".join(f"{n} {m:.3f}" for n, m in row["class_mean"].items()))
+    with open(out / "log.jsonl", "a") as log:
+        log.write(json.dumps(row) + "\n")
+
+
+# ------------------------------------------------------------------------------------------------ setup
+def get_args(argv=None) -> argparse.Namespace:
+    """Flags; the preset of --dataset gives the defaults, the command line wins."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    group = parser.add_argument_group("data").add_argument
+    group("--dataset", choices=sorted(PRESETS), default="demo", help="preset of flags (data.PRESETS)")
+    group("--videos", help="folder of video files named as in the annotations: end to end")
+    group("--features", help="folder of NAME.npy (T, V): instead of --videos")
+    group("--annotations", help="ActivityNet-format JSON, plain or gzip")
+    group("--descriptions", help="JSON {label: sentence from start pose to end pose}")
+    group("--train-subset", default="training", help="subset name to train on, in any case")
+    group("--test-subset", default="validation", help="subset name to evaluate on")
+    group("--window", type=int, default=768, help="L, steps of a window")
+    group("--stride", type=int, default=4, help="video frames per step")
+    group("--num-frames", type=int, default=0, help="video frames that one feature sees (I3D: 16; 0 end to end)")
+    group("--fps", type=float, default=0.0, help="frames per second where the annotations say none (0 = ask the file)")
+    group("--min-overlap", type=float, default=0.5, help="share of a segment inside a training window for it to count")
+    group("--image-size", type=int, default=160, help="side of the crop, pixels")
+    group("--resize", type=int, default=182, help="short side before the training crop, pixels")
+    group("--workers", type=int, default=0, help="processes that read data (0 = the main one)")
+    group = parser.add_argument_group("model").add_argument
+    group("--lm", default="tiny", help="folder or name of a causal language model (tiny = a small random one)")
+    group("--lora-rank", type=int, default=128, help="rank of the LoRA matrices")
+    group("--lora-alpha", type=float, default=256, help="LoRA scale times rank")
+    group("--layout", choices=["frames-first", "text-first"], default="frames-first", help="token order, see vlm.py")
+    group("--lambda-lang", type=lambda_lang, default="learned", metavar="{learned,0..1}",
+          help="weight of language: learned (Eq. 4) or a fixed number (Table 4; 0 = vision only)")
+    group("--levels", type=int, default=6, help="levels of the pyramid")
+    group("--width", type=int, default=512, help="width of the head")
+    group("--head-window", type=int, default=19, help="attention window of the head in steps (0 = global)")
+    group = parser.add_argument_group("training").add_argument
+    group("--epochs", type=int, default=120, help="epochs, vision-only and vision-language in turn")
+    group("--warmup-epochs", type=float, default=5, help="epochs of linear warm-up")
+    group("--batch-size", type=int, default=1, help="windows per step")
+    group("--lr", type=float, default=1e-4, help="learning rate of head, projection, special tokens, FC")
+    group("--lr-vision", type=float, default=5e-6, help="learning rate of the vision encoder")
+    group("--lr-lm", type=float, default=5e-6, help="learning rate of LoRA")
+    group("--weight-decay", type=float, default=0.05, help="on weights of linear and convolution layers")
+    group("--clip", type=float, default=1.0, help="largest norm of the gradient")
+    group("--ema", type=float, default=0.999, help="decay of the weight average used at evaluation (0 = off)")
+    group("--lambda-loc", type=float, default=1.0, help="weight of the DIoU loss (Eq. 6)")
+    group("--lambda-tg", type=float, default=0.1, help="weight of the text generation loss (Eq. 9)")
+    group("--lambda-adv", type=float, default=0.1, help="weight of the advantage loss (Eq. 9)")
+    group("--label-smoothing", type=float, default=0.0, help="share of the class targets spread over all classes")
+    group = parser.add_argument_group("run").add_argument
+    group("--out", default="out", help="folder for everything the run writes")
+    group("--resume", action="store_true", help="go on from OUT/checkpoint.safetensors")
+    group("--tiou", type=float, nargs="+", default=[0.3, 0.4, 0.5, 0.6, 0.7], help="tIoU thresholds of the evaluation")
+    group("--nms-sigma", type=float, default=0.5, help="sigma of soft-NMS")
+    group("--seed", type=int, default=0, help="seed of weights, order and augmentation")
+    group("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
+    preset = parser.parse_known_args(argv)[0].dataset
+    parser.set_defaults(**PRESETS[preset])
+    return check_args(parser, parser.parse_args(argv))
+
+
+def check_args(parser, args):
+    """Flags that contradict each other or lack one another."""
+    if args.features and args.dataset == "demo":
+        parser.error("--features: the demo reads videos; say --dataset custom")
+    if bool(args.videos) == bool(args.features):
+        parser.error("expected either --videos DIR (end to end) or --features DIR")
+    for flag in ("annotations", "descriptions"):
+        if not getattr(args, flag):
+            parser.error(f"expected --{flag} FILE")
+    for flag in ("window", "stride", "epochs", "batch_size", "levels", "width"):
+        if getattr(args, flag) < 1:
+            parser.error(f"--{flag.replace('_', '-')}: expected at least 1, found {getattr(args, flag)}")
+    return args
+
+
+def lambda_lang(text: str):
+    """argparse type of --lambda-lang."""
+    if text == "learned":
+        return text
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"expected 'learned' or a number from 0 to 1, found {text}")
+    return value
+
+
+def load_data(args):
+    """(training data set, test data set, descriptions) from the flags."""
+    if args.dataset == "demo":
+        make_demo(Path(args.annotations).parent)
+    videos = load_annotations(args.annotations)
+    classes = sorted({label for v in videos for label in v.labels})
+    descriptions = load_descriptions(args.descriptions, classes)
+    folder, suffixes = (args.videos, ()) if args.videos else (args.features, ((".npy",),))
+    common = dict(classes=classes, window=args.window, stride=args.stride, num_frames=args.num_frames,
+                  image_size=args.image_size if args.videos else 0, seed=args.seed)
+    sets = []
+    for subset in (args.train_subset, args.test_subset):
+        chosen = find_files(subset_of(videos, subset, args.annotations), folder, *suffixes)
+        sets.append([v if v.fps else replace(v, fps=args.fps or (probe(v.path)[1] if args.videos else 0)) for v in chosen])
+        if not all(v.fps for v in sets[-1]):
+            raise InputError(f"{args.annotations}: expected fps for every video, found none for some; give --fps")
+    return (TALDataset(sets[0], training=True, min_overlap=args.min_overlap, resize=args.resize, **common),
+            TALDataset(sets[1], **common), descriptions)
+
+
+def load_config(args, training: TALDataset, descriptions: dict) -> Config:
+    """The model's Config from flags and data; writes the tiny language model if that is asked for."""
+    from transformers import AutoConfig
+    lm = args.lm
+    if lm == "tiny":
+        lm = str(Path(args.out) / "tiny-lm")
+        answers = [proposal_text(v.segments.tolist(), v.labels) for v in training.videos]
+        make_tiny_lm(lm, [instruction(descriptions), *answers])
+    try:
+        dim = AutoConfig.from_pretrained(lm).hidden_size
+    except (OSError, ValueError, AttributeError) as error:
+        raise InputError(f"--lm {lm}: expected a folder of a causal language model, found: {error}") from error
+    return Config(
+        descriptions=descriptions, lm=lm, dim=dim, lora_rank=args.lora_rank, lora_alpha=args.lora_alpha,
+        feature_dim=open_features(training.videos[0].path).shape[1] if args.features else 0,
+        vision={} if args.features else dict(TINY_VISION, image_size=args.image_size), layout=args.layout,
+        lambda_lang=None if args.lambda_lang == "learned" else args.lambda_lang,
+        width=args.width, levels=args.levels, head_window=args.head_window)
+
+
+def make_loader(run: "Run", dataset: TALDataset) -> DataLoader:
+    """Shuffled batches; the order depends on the loader's generator alone."""
+    return DataLoader(dataset, run.args.batch_size, shuffle=True, num_workers=run.args.workers,
+                      collate_fn=partial(collate, multiple=run.model.multiple), generator=torch.Generator())
+
+
+# ------------------------------------------------------------------------------------------------ optimization
+def trained_parameters(model) -> list:
+    """[(name, parameter)] with gradients."""
+    return [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+
+
+def parameter_groups(model: ActionVLM, args) -> list:
+    """AdamW groups: head, vision, lm (LoRA), each with its learning rate; decay on linear and convolution weights."""
+    decayed = {id(m.weight) for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv1d, nn.Conv3d))}
+    groups = {}
+    for name, parameter in trained_parameters(model):
+        part = "vision" if name.startswith("vision.") else "lm" if name.startswith("language.lm.") else "head"
+        groups.setdefault((part, id(parameter) in decayed), []).append(parameter)
+    rates = {"head": args.lr, "vision": args.lr_vision, "lm": args.lr_lm}
+    return [dict(params=p, name=part, lr=rates[part], base_lr=rates[part], weight_decay=args.weight_decay if decay else 0.0)
+            for (part, decay), p in groups.items()]
+
+
+def lr_factor(step: int, steps_per_epoch: int, epochs: int, warmup_epochs: float) -> float:
+    """Linear warm-up, then cosine to zero, per step; in [0, 1]."""
+    warmup, total = round(warmup_epochs * steps_per_epoch), epochs * steps_per_epoch
+    if step < warmup:
+        return step / max(1, warmup - 1)
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+
+def describe_parameters(model, args) -> str:
+    """Trained and frozen parameters by group."""
+    rates = {"head": args.lr, "vision": args.lr_vision, "lm": args.lr_lm}
+    counts = {part: 0 for part in rates}
+    for group in parameter_groups(model, args):
+        counts[group["name"]] += sum(p.numel() for p in group["params"])
+    trained = ", ".join(f"{part} {count:,} (lr {rates[part]:g})" for part, count in counts.items() if count)
+    return f"trained parameters: {trained}; frozen: {sum(p.numel() for p in model.parameters() if not p.requires_grad):,}"
+
+
+# ------------------------------------------------------------------------------------------------ checkpoints
+def save_checkpoint(path: Path, run: Run) -> None:
+    """One safetensors file: what was trained, the buffers, the optimizer, the weight average, random state; and in
+    its header the configuration, the flags and the position. Written beside, then renamed: never half a file."""
+    tensors = {f"model.{n}": t for n, t in model_state(run.model).items()}
+    tensors |= {f"ema.{n}": t for n, t in run.ema.items()}
+    for name, parameter in trained_parameters(run.model):
+        tensors |= {f"optimizer.{key}.{name}": t for key, t in run.optimizer.state.get(parameter, {}).items()}
+    tensors["random.cpu"] = torch.get_rng_state()
+    if run.device.type == "cuda":
+        tensors["random.cuda"] = torch.cuda.get_rng_state()
+    header = {"config": json.dumps(asdict(run.model.config)), "args": json.dumps(vars(run.args)),
+              "epoch": str(run.epoch), "step": str(run.global_step)}
+    partial = path.with_name(path.name + ".partial")
+    save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, partial, header)
+    with open(partial, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def load_checkpoint(path, run: Run | None = None):
+    """Read a checkpoint. With a run: restore all of its state, so that it goes on as if it had never stopped.
+    Without one: build the model and return (model with the averaged weights, flags of its training)."""
+    header, tensors = read_checkpoint(path)
+    config, args = Config(**json.loads(header["config"])), argparse.Namespace(**json.loads(header["args"]))
+    if run is None:
+        if not Path(config.lm).exists() and (Path(path).parent / Path(config.lm).name).exists():
+            config.lm = str(Path(path).parent / Path(config.lm).name)            # the run's folder was moved
+        model = ActionVLM(config)
+        restore(model, path, part(tensors, "model") | part(tensors, "ema"))
+        return model, args
+    if asdict(run.model.config) != asdict(config):
+        differ = [k for k, v in asdict(run.model.config).items() if asdict(config)[k] != v]
+        raise InputError(f"{path}: expected the configuration of this run, found another in {', '.join(differ)}; "
+                         f"use the flags of the first run, or another --out")
+    restore(run.model, path, part(tensors, "model"))
+    run.ema = {n: t.to(run.device) for n, t in part(tensors, "ema").items()}
+    for name, parameter in trained_parameters(run.model):
+        state = {key: tensors[f"optimizer.{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")
+                 if f"optimizer.{key}.{name}" in tensors}
+        run.optimizer.state[parameter] = {k: t if k == "step" else t.to(run.device) for k, t in state.items()}
+    torch.set_rng_state(tensors["random.cpu"])
+    if "random.cuda" in tensors and run.device.type == "cuda":
+        torch.cuda.set_rng_state(tensors["random.cuda"])
+    run.epoch, run.global_step = int(header["epoch"]), int(header["step"])
+
+
+def read_checkpoint(path):
+    """(header, {name: tensor}) of a safetensors file."""
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return file.metadata(), {name: file.get_tensor(name) for name in file.keys()}
+    except (OSError, ValueError, Exception) as error:
+        raise InputError(f"{path}: expected a checkpoint that train.py wrote, found: {error}") from error
+
+
+def model_state(model: ActionVLM) -> dict:
+    """What a checkpoint keeps of the model: trained parameters and buffers; the frozen language model stays away."""
+    frozen = {n for n, p in model.named_parameters() if not p.requires_grad}
+    return {n: t for n, t in model.state_dict().items()
+            if n not in frozen and not (n.startswith("language.lm.") and "lora_" not in n)}
+
+
+def restore(model: ActionVLM, path, state: dict) -> None:
+    """Copy a checkpoint's tensors into the model; every one has to be there, and none may be left over."""
+    expected = set(model_state(model))
+    if expected != set(state):
+        raise InputError(f"{path}: expected the tensors of this model, found missing {sorted(expected - set(state))[:3]} "
+                         f"and unknown {sorted(set(state) - expected)[:3]}")
+    model.load_state_dict(state, strict=False)
+
+
+def part(tensors: dict, name: str) -> dict:
+    """The tensors under `name.`, without it."""
+    return {n.removeprefix(name + "."): t for n, t in tensors.items() if n.startswith(name + ".")}
+
+
+def use_average(run: Run) -> None:
+    """Put the averaged weights into the model, for evaluation."""
+    if run.ema:
+        run.model.load_state_dict(run.ema, strict=False)
+
+
+def read_log(path) -> list:
+    """The rows of log.jsonl."""
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,188 @@
+"""vlm.py - language feature generation (paper §3.2, Eq. 7-8, Appendix B).
+
+The language model reads, for every frame l, the vision feature and three special tokens, and an instruction that
+holds the description of every action:
+
+    frames-first:  v_1 [cls] [loc] [adv]  ...  v_L [cls] [loc] [adv]  T_ins(T_desc)  |  answer T_pred
+    text-first:    T_ins(T_desc)  v_1 [cls] [loc] [adv]  ...  v_L [cls] [loc] [adv]  |  answer T_pred
+
+Left of the bar, frames-first tokens see each other in both directions (a prefix language model): under a causal
+mask no special token could see a description that follows it. The answer is causal, and nothing sees it but itself.
+"""
+import json
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from torch import nn
+
+SPECIAL_TOKENS = ("[cls]", "[loc]", "[adv]")
+NO_ACTION = "No action."
+ANSWER = "\nAnswer: "
+
+
+class LanguageFeatures(NamedTuple):
+    """What the language model returns. D is its hidden width."""
+    f_lang_cls: torch.Tensor          # (B, L, D) last hidden states of [cls]
+    f_lang_loc: torch.Tensor          # (B, L, D) of [loc]
+    f_adv: torch.Tensor               # (B, L, D) of [adv]
+    text_loss: torch.Tensor | None    # () L_tg, Eq. 8; None without answers
+
+
+def instruction(descriptions: dict) -> str:
+    """T_ins with T_desc in its place (Appendix B.2); descriptions: {label: sentence}."""
+    lines = "\n".join(f"{label}: {text}" for label, text in descriptions.items())
+    return ("This is a video reasoning task for action localization. Identify the start and end frames of each "
+            "action in the given video, and output the list of action proposals. "
+            f"The candidate actions include:\n{lines}")
+
+
+def proposal_text(segments, labels: list) -> str:
+    """The answer T_pred (Eq. 7) for ground truth: "LongJump: 12-48, Diving: 60-75." in order of start.
+
+    segments: (N, 2) in frames of the window; labels: N names. A fixed sentence when N is 0.
+    """
+    rows = sorted((round(float(start)), round(float(end)), label) for (start, end), label in zip(segments, labels))
+    return ", ".join(f"{label}: {start}-{end}" for start, end, label in rows) + "." if rows else NO_ACTION
+
+
+def parse_proposals(text: str, classes: list) -> list:
+    """Read what a language model wrote -> [(label, start, end)], in the order written.
+
+    Accepts any text: entries that are not `label: start-end` with a known label (in any case) are passed over.
+    """
+    known = {c.lower(): c for c in classes}
+    found = re.findall(r"([^,.;:\n]+)\s*:\s*(\d{1,9})\s*-\s*(\d{1,9})", text)
+    return [(known[label.strip().lower()], int(start), int(end))
+            for label, start, end in found if label.strip().lower() in known]
+
+
+def prefix_lm_mask(valid: torch.Tensor, prefix: int) -> torch.Tensor:
+    """Attention mask of a prefix language model.
+
+    valid: (B, N) bool, False on padding. The first `prefix` tokens see each other in both directions; every later
+    token sees the prefix and what precedes it. Padding is seen by nothing (but itself, so no row is empty).
+    Returns (B, 1, N, N) bool, True where query (row) may see key (column). prefix = 0 is the causal mask.
+    """
+    N = valid.size(1)
+    i = torch.arange(N, device=valid.device)
+    allowed = (i[None, :] <= i[:, None]) | ((i[:, None] < prefix) & (i[None, :] < prefix))       # (N, N)
+    allowed = (allowed & valid[:, None, :]) | torch.eye(N, dtype=torch.bool, device=valid.device)
+    return allowed[:, None]
+
+
+class LanguageModel(nn.Module):
+    """M_lang: a causal language model of transformers with LoRA (peft), frozen otherwise, and three special tokens.
+
+    folder: a model folder (config.json, weights, tokenizer), or a name that transformers resolves.
+    descriptions: {label: sentence}, in class order.
+    layout: "frames-first" (the paper's order) or "text-first" (the module's docstring).
+    """
+
+    def __init__(self, folder, descriptions: dict, lora_rank=128, lora_alpha=256, layout="frames-first", dtype=None):
+        super().__init__()
+        from peft import LoraConfig, get_peft_model
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+        self.layout, self.classes = layout, list(descriptions)
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        base = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or torch.float32, attn_implementation="sdpa")
+        self.lm = get_peft_model(base, LoraConfig(r=lora_rank, lora_alpha=lora_alpha, target_modules="all-linear"))
+        table = base.get_input_embeddings().weight
+        self.dim, self.embedding_scale = table.size(1), float(table.float().std())
+        self.special_tokens = nn.Parameter(torch.randn(len(SPECIAL_TOKENS), self.dim) * self.embedding_scale)
+        self.register_buffer("prompt_ids", torch.empty(0, dtype=torch.long), persistent=False)
+        self.set_descriptions(descriptions)
+
+    def set_descriptions(self, descriptions: dict) -> None:
+        """Read other descriptions from now on (unmatched ones measure modality bias, §4.3)."""
+        ids = self.tokenizer(instruction(descriptions), add_special_tokens=False).input_ids
+        self.prompt_ids = torch.tensor(ids, device=self.prompt_ids.device)
+
+    def forward(self, f_vis: torch.Tensor, mask: torch.Tensor, answers: list | None = None) -> LanguageFeatures:
+        """f_vis (B, L, D) vision features of unit scale, mask (B, L) bool, answers: B texts or None."""
+        B, L, D = f_vis.size()
+        frames, frames_valid = self.frame_tokens(f_vis, mask)                       # (B, 4L, D), (B, 4L)
+        prompt = repeat(self.embed(self.prompt_ids), "t d -> b t d", b=B)           # (B, T, D)
+        prompt_valid = mask.new_ones(B, prompt.size(1))
+        answer_ids, answer_valid, targets = self.answer_tokens(answers, B, mask.device)
+        first = [(frames, frames_valid), (prompt, prompt_valid)]
+        if self.layout == "text-first":
+            first.reverse()
+        tokens, valid = zip(*first, (self.embed(answer_ids), answer_valid))
+        tokens, valid = torch.cat(tokens, 1), torch.cat(valid, 1)                   # (B, N, D), (B, N)
+        prefix = 4 * L + prompt.size(1)
+        hidden = self.lm.get_base_model().model(
+            inputs_embeds=tokens.to(self.lm.dtype),
+            attention_mask=prefix_lm_mask(valid, prefix if self.layout == "frames-first" else 0),
+            position_ids=(valid.cumsum(1) - 1).clamp(min=0), use_cache=False).last_hidden_state
+        begin = prompt.size(1) if self.layout == "text-first" else 0
+        _, f_lang_cls, f_lang_loc, f_adv = rearrange(
+            hidden[:, begin:begin + 4 * L].float(), "b (l four) d -> four b l d", four=4)
+        text_loss = None if answers is None else self.text_loss(hidden[:, prefix:], targets)
+        return LanguageFeatures(f_lang_cls, f_lang_loc, f_adv, text_loss)
+
+    def frame_tokens(self, f_vis, mask):
+        """v_l [cls] [loc] [adv] for every frame, v_l on the scale of the model's own embeddings: (B, 4L, D)."""
+        B, L, _ = f_vis.size()
+        special = repeat(self.special_tokens, "three d -> b l three d", b=B, l=L)
+        tokens = torch.cat([f_vis[:, :, None] * self.embedding_scale, special], dim=2)
+        return rearrange(tokens, "b l four d -> b (l four) d"), repeat(mask, "b l -> b (l four)", four=4)
+
+    def answer_tokens(self, answers, B, device):
+        """Token ids (B, A) of the answers, padded; which are real; and next-token targets (-100: no loss)."""
+        if answers is None:
+            empty = torch.zeros(B, 0, dtype=torch.long, device=device)
+            return empty, empty.bool(), empty
+        lead = self.tokenizer(ANSWER, add_special_tokens=False).input_ids
+        rows = [self.tokenizer(text, add_special_tokens=False).input_ids + [self.tokenizer.eos_token_id]
+                for text in answers]
+        A = len(lead) + max(map(len, rows))
+        ids, targets = torch.zeros(B, A, dtype=torch.long), torch.full((B, A), -100)
+        valid = torch.zeros(B, A, dtype=torch.bool)
+        for b, row in enumerate(rows):
+            n = len(lead) + len(row)
+            ids[b, :n], valid[b, :n] = torch.tensor(lead + row), True
+            targets[b, len(lead) - 1:n - 1] = torch.tensor(row)
+        return ids.to(device), valid.to(device), targets.to(device)
+
+    def text_loss(self, hidden, targets):
+        """Eq. 8: cross-entropy of the answer; logits only where there is a target. hidden (B, A, D), targets (B, A)."""
+        here = targets != -100
+        logits = self.lm.get_base_model().lm_head(hidden[here])                     # (answer tokens, vocabulary)
+        return F.cross_entropy(logits.float(), targets[here])                       # Eq. 8
+
+    def embed(self, ids):
+        """Token ids -> frozen embeddings."""
+        return self.lm.get_input_embeddings()(ids)
+
+
+def make_tiny_lm(folder, texts: list, dim=128, layers=2, seed=0) -> None:
+    """Write a small Qwen2 with random weights and a byte-level BPE tokenizer learnt from `texts`, as a model folder.
+
+    It knows nothing: it lets the whole method run, and be tested, without a download. Does nothing if it is there.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+    folder = Path(folder)
+    if (folder / "config.json").exists():
+        return
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True),
+                                                 pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    bpe.decoder = decoders.ByteLevel()
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=2000, special_tokens=["<|endoftext|>"], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|endoftext|>", pad_token="<|endoftext|>")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Qwen2ForCausalLM(Qwen2Config(
+            vocab_size=len(tokenizer), hidden_size=dim, intermediate_size=2 * dim, num_hidden_layers=layers,
+            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=32768, tie_word_embeddings=True,
+            initializer_range=dim ** -0.5,
+            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None))
+    tokenizer.save_pretrained(folder)
+    model.save_pretrained(folder)
