@@ -25,9 +25,9 @@ PRESETS = {
     "demo": dict(
         videos="data/demo/videos", annotations="data/demo/annotations.json",
         descriptions="data/demo/descriptions.json", train_subset="training", test_subset="test",
-        stride=1, window=128, image_size=32, resize=36, levels=5, width=64, head_window=0,
-        epochs=24, warmup_epochs=1, batch_size=2, lr=2e-3, lr_vision=2e-3, lr_lm=2e-3,
-        lora_rank=8, lora_alpha=16, ema=0.98, min_overlap=0.75),
+        stride=1, window=128, image_size=32, resize=36, min_overlap=0.75, levels=5, width=128, head_window=0, prior=0.1,
+        epochs=16, warmup_epochs=2, batch_size=2, lr=1e-3, lr_vision=1e-3, lr_lm=1e-3, lora_rank=8, lora_alpha=16,
+        ema=0.98),
 }
 
 
@@ -258,7 +258,7 @@ def to_rgb(frame, short_side: int, scaler) -> np.ndarray:
         return frame
     scale = short_side / min(frame.width, frame.height)
     w, h = max(short_side, round(frame.width * scale)), max(short_side, round(frame.height * scale))
-    image = scaler.reformat(frame, w, h, "rgb24", interpolation="AREA" if scale < 1 else "BILINEAR").to_ndarray()
+    image = scaler.reformat(frame, w, h, "rgb24", interpolation="AREA" if scale < 1 else "BILINEAR", threads=1).to_ndarray()
     return np.rot90(image, round(frame.rotation / 90))
 
 
@@ -462,8 +462,8 @@ def render(poses, balls, size, rng) -> np.ndarray:
     slope = rng.normal(0, 8, (2, 3))
     background = base + ramp[:, None, None] * slope[0] + ramp[None, :, None] * slope[1]
     frames = np.broadcast_to(background, (T, size, size, 3)).astype(np.float32)
-    for a, b, thickness in strokes:
-        frames = blend(frames, capsule(a, b, thickness * unit, size), skin)
+    body = np.maximum.reduce([capsule(a, b, thickness * unit, size) for a, b, thickness in strokes])
+    frames = blend(frames, body, skin)
     ball = hand_r + balls[:, :2] * np.array([side * 1.6, -1.0]) * unit
     frames = blend(frames, capsule(ball, ball, 0.2 * unit, size) * balls[:, 2, None, None].astype(np.float32), paint)
     return np.clip(frames + rng.uniform(2, 6) * rng.standard_normal(frames.shape, np.float32), 0, 255).astype(np.uint8)
@@ -488,8 +488,10 @@ def write_video(path, frames: np.ndarray, fps: int) -> None:
     """Write (T, H, W, 3) uint8 RGB frames as H.264 in mp4."""
     import av
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=fps, options={"crf": "18"})
+        stream = container.add_stream("libx264", rate=fps, options={"crf": "18", "preset": "veryfast", "threads": "1"})
         stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
+        scaler = av.video.reformatter.VideoReformatter()
         for image in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")))
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
+            container.mux(stream.encode(scaler.reformat(frame, format="yuv420p", threads=1)))
         container.mux(stream.encode())

@@ -44,10 +44,11 @@ class DetectionHead(nn.Module):
     window: attention window in steps of each level (odd, a step sees window // 2 to each side); 0 = global.
     drop_path: probability that a residual branch is skipped for a sample while training.
     ranges: per level [lo, hi], the longest boundary distance it is responsible for, in grid units.
+    prior: probability that every class starts at.
     """
 
     def __init__(self, in_dim: int, num_classes: int, width: int = 512, levels: int = 6, num_heads: int = 4,
-                 window: int = 19, drop_path: float = 0.1, ranges: list | None = None):
+                 window: int = 19, drop_path: float = 0.1, ranges: list | None = None, prior: float = 0.01):
         super().__init__()
         self.ranges = default_ranges(levels) if ranges is None else [list(r) for r in ranges]
         if len(self.ranges) != levels:
@@ -57,8 +58,8 @@ class DetectionHead(nn.Module):
         self.loc_head = ConvHead(width, 2, width)
         self.scales = nn.Parameter(torch.ones(levels))  # one factor per level on the raw offsets
         self.register_buffer("loss_normalizer", torch.tensor(100.0))  # M of Eq. 6
-        # Every class starts at probability .01, so that the background does not swamp the first steps.
-        nn.init.constant_(self.cls_head.out.bias, -math.log(99.0))
+        # Every class starts at the probability `prior`, so that the background does not swamp the first steps.
+        nn.init.constant_(self.cls_head.out.bias, -math.log((1 - prior) / prior))
 
     def strides(self) -> list[int]:
         """Frames between two points, per level: [1, 2, 4, ..]."""

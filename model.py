@@ -34,6 +34,7 @@ class Config:
     width: int = 512                    # of the detection head
     levels: int = 6                     # S
     head_window: int = 19               # attention window of the head in steps, 0 = global
+    prior: float = 0.01                 # probability that every class starts at
 
     @property
     def classes(self) -> list:
@@ -65,7 +66,8 @@ class ActionVLM(nn.Module):
             self.language = LanguageModel(config.lm, config.descriptions, config.lora_rank, config.lora_alpha,
                                           config.layout)
         self.predict_advantage = AdvantagePredictor(D)
-        self.head = DetectionHead(D, C, config.width, config.levels, window=config.head_window)
+        self.head = DetectionHead(D, C, config.width, config.levels, window=config.head_window,
+                                  prior=config.prior)
         self.class_mean = ClassMeanLoss(C)
 
     @property
@@ -155,4 +157,4 @@ class VisionEncoder(nn.Module):
 
 # A VideoMAE small enough to train from scratch on a CPU; a wide start, since the usual 0.02 suits wide layers.
 TINY_VISION = dict(hidden_size=96, num_hidden_layers=2, num_attention_heads=4, intermediate_size=192,
-                   image_size=32, patch_size=8, num_frames=16, tubelet_size=2, initializer_range=0.2)
+                   image_size=32, patch_size=16, num_frames=16, tubelet_size=2, initializer_range=0.2)

@@ -144,7 +144,8 @@ def train(run: Run, training: TALDataset, test: TALDataset, out: Path) -> None:
     print(describe_parameters(model, args))
     started, first = time.time(), run.epoch
     for epoch in range(run.epoch, args.epochs):
-        with_language = model.language is not None and epoch % 2 == 1
+        alternating = epoch - args.vision_epochs                                  # 0, 2, 4 .. are vision-only
+        with_language = model.language is not None and alternating > 0 and alternating % 2 == 1
         terms = (vision_language_epoch if with_language else vision_only_epoch)(run, loader)
         left = (time.time() - started) / (run.epoch - first) * (args.epochs - run.epoch)
         log_epoch(out, run, "vision-language" if with_language else "vision-only", terms, left)
@@ -202,8 +203,11 @@ def get_args(argv=None) -> argparse.Namespace:
     group("--levels", type=int, default=6, help="levels of the pyramid")
     group("--width", type=int, default=512, help="width of the head")
     group("--head-window", type=int, default=19, help="attention window of the head in steps (0 = global)")
+    group("--prior", type=float, default=0.01, help="probability that every class starts at")
     group = parser.add_argument_group("training").add_argument
     group("--epochs", type=int, default=120, help="epochs, vision-only and vision-language in turn")
+    group("--vision-epochs", type=int, default=0,
+          help="vision-only epochs before the alternation, for an encoder that is not pretrained (0 = the paper)")
     group("--warmup-epochs", type=float, default=5, help="epochs of linear warm-up")
     group("--batch-size", type=int, default=1, help="windows per step")
     group("--lr", type=float, default=1e-4, help="learning rate of head, projection, special tokens, FC")
@@ -293,7 +297,7 @@ def load_config(args, training: TALDataset, descriptions: dict) -> Config:
         feature_dim=open_features(training.videos[0].path).shape[1] if args.features else 0,
         vision={} if args.features else dict(TINY_VISION, image_size=args.image_size), layout=args.layout,
         lambda_lang=None if args.lambda_lang == "learned" else args.lambda_lang,
-        width=args.width, levels=args.levels, head_window=args.head_window)
+        width=args.width, levels=args.levels, head_window=args.head_window, prior=args.prior)
 
 
 def make_loader(run: "Run", dataset: TALDataset) -> DataLoader:

@@ -9,16 +9,18 @@ holds the description of every action:
 Left of the bar, frames-first tokens see each other in both directions (a prefix language model): under a causal
 mask no special token could see a description that follows it. The answer is causal, and nothing sees it but itself.
 """
-import json
 import re
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+import transformers
 from einops import rearrange, repeat
 from torch import nn
 
+transformers.logging.disable_progress_bar()
 SPECIAL_TOKENS = ("[cls]", "[loc]", "[adv]")
 NO_ACTION = "No action."
 ANSWER = "\nAnswer: "
@@ -89,7 +91,9 @@ class LanguageModel(nn.Module):
         self.layout, self.classes = layout, list(descriptions)
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         base = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or torch.float32, attn_implementation="sdpa")
-        self.lm = get_peft_model(base, LoraConfig(r=lora_rank, lora_alpha=lora_alpha, target_modules="all-linear"))
+        with warnings.catch_warnings():                  # peft asks transformers by an old name
+            warnings.simplefilter("ignore", FutureWarning)
+            self.lm = get_peft_model(base, LoraConfig(r=lora_rank, lora_alpha=lora_alpha, target_modules="all-linear"))
         table = base.get_input_embeddings().weight
         self.dim, self.embedding_scale = table.size(1), float(table.float().std())
         self.special_tokens = nn.Parameter(torch.randn(len(SPECIAL_TOKENS), self.dim) * self.embedding_scale)
