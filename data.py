@@ -193,7 +193,7 @@ def augment(frames: torch.Tensor, size: int, rng) -> torch.Tensor:
     frames: (T, 3, h, w) uint8 -> (T, 3, size, size) uint8.
     """
     h, w = frames.shape[-2:]
-    side = int(round(min(h, w) * rng.uniform(0.9, 1.0)))
+    side = int(round(min(h, w) * rng.uniform(0.8, 1.0)))
     y, x = rng.integers(0, h - side + 1), rng.integers(0, w - side + 1)
     frames = resize(frames[..., y:y + side, x:x + side], size)
     if rng.random() < 0.5:
@@ -457,7 +457,7 @@ def render(poses, balls, size, rng) -> np.ndarray:
         strokes += [(hip, knee, 0.12), (knee, foot, 0.12)]
     strokes += [(neck, hand_l, 0.1), (neck, hand_r, 0.1), (neck - [0, 0.42 * unit],) * 2 + (0.3,)]
     ramp = np.linspace(-1, 1, size)
-    base, skin, paint = (rng.uniform(low, high) + rng.uniform(-20, 20, 3)                # dark room, light figure
+    base, skin, paint = (rng.uniform(low, high) + rng.uniform(-30, 30, 3)                # dark room, light figure
                          for low, high in ((30, 70), (180, 230), (180, 230)))
     slope = rng.normal(0, 8, (2, 3))
     background = base + ramp[:, None, None] * slope[0] + ramp[None, :, None] * slope[1]
@@ -488,7 +488,9 @@ def write_video(path, frames: np.ndarray, fps: int) -> None:
     """Write (T, H, W, 3) uint8 RGB frames as H.264 in mp4."""
     import av
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=fps, options={"crf": "18", "preset": "veryfast", "threads": "1"})
+        # Without look-ahead: with it, x264 does not write the same file every time.
+        stream = container.add_stream("libx264", rate=fps, options={
+            "crf": "18", "preset": "veryfast", "threads": "1", "x264-params": "rc-lookahead=0:mbtree=0"})
         stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
         scaler = av.video.reformatter.VideoReformatter()
         for image in frames:

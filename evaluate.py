@@ -1,5 +1,7 @@
-"""Scoring (§4): mean average precision (mAP) of temporal action detections.
+"""evaluate.py - detection and scoring (paper §4): mean average precision (mAP) of temporal action detections.
 
+    python evaluate.py --checkpoint out                    # the test table of a trained model
+    python evaluate.py --checkpoint out --video my.mp4     # the actions in one video, printed and drawn
     python evaluate.py --ground-truth gt.json --predictions result.json --subset Test --tiou 0.3 0.4 0.5 0.6 0.7
 
 scores the result file of any model. Both files are in ActivityNet format, plain or gzip:
@@ -24,11 +26,9 @@ The protocol is ActivityNet's; all times are in seconds. Details that matter:
    (there 0 / 0 would even match; OpenTAD removes it).
 """
 import argparse
-import gzip
 import json
 import math
 import sys
-import zlib
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -39,7 +39,8 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data import collate, grid_to_seconds
+import figures
+from data import InputError, TALDataset, Video, collate, grid_to_seconds, open_features, probe, read_json
 from head import decode, nms_per_class
 
 DUPLICATE_TOLERANCE = 1e-3  # seconds
@@ -47,27 +48,87 @@ DUPLICATE_TOLERANCE = 1e-3  # seconds
 
 # ------------------------------------------------------------------------------------------------ command line
 def get_args(argv=None):
-    parser = argparse.ArgumentParser(description="Score temporal action detections (mAP).")
-    files = parser.add_argument_group("scoring a result file")
-    files.add_argument("--ground-truth", required=True, metavar="FILE", help="ActivityNet-format json, plain or gzip")
-    files.add_argument("--predictions", required=True, metavar="FILE", help="result file of any model, plain or gzip")
-    files.add_argument("--subset", default="test", help="subset to score, its name in any case (%(default)s)")
-    metric = parser.add_argument_group("metric")
-    metric.add_argument("--tiou", type=float, nargs="+", default=[0.3, 0.4, 0.5, 0.6, 0.7], metavar="IOU",
-                        help="temporal IoU thresholds, each > 0 and <= 1 (%(default)s)")
-    metric.add_argument("--json", metavar="FILE", help="also write the figures to FILE, as fractions with all digits")
-    return parser.parse_args(argv)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    model = parser.add_argument_group("a trained model").add_argument
+    model("--checkpoint", metavar="DIR", help="folder (or checkpoint.safetensors) that train.py wrote: its test table")
+    model("--video", metavar="FILE", help="find the actions in this video or .npy feature file instead")
+    model("--fps", type=float, default=0.0, help="frames per second behind a feature file given as --video")
+    model("--min-score", type=float, default=0.2, help="lowest score that --video prints (%(default)s)")
+    model("--out", metavar="DIR", help="where result.json and pictures go (default: the checkpoint's folder)")
+    model("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
+    files = parser.add_argument_group("a result file").add_argument
+    files("--ground-truth", metavar="FILE", help="ActivityNet-format json, plain or gzip")
+    files("--predictions", metavar="FILE", help="result file of any model, plain or gzip")
+    files("--subset", default="test", help="subset of the ground truth to score, in any case (%(default)s)")
+    metric = parser.add_argument_group("metric").add_argument
+    metric("--tiou", type=float, nargs="+", metavar="IOU",
+           help="temporal IoU thresholds, each > 0 and <= 1 (default: those of the training, else .3 to .7)")
+    metric("--json", metavar="FILE", help="also write the figures to FILE, as fractions with all digits")
+    args = parser.parse_args(argv)
+    if bool(args.checkpoint) == bool(args.ground_truth and args.predictions):
+        parser.error("expected --checkpoint DIR, or both --ground-truth FILE and --predictions FILE")
+    if args.video and not args.checkpoint:
+        parser.error("--video: expected --checkpoint DIR with it")
+    return args
 
 
 def main(argv=None) -> int:
     """Returns the exit code: 0, or 2 for a mistake in the flags or files."""
     args = get_args(argv)
     try:
-        score_files(args)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        (score_files if args.predictions else find_in_video if args.video else score_checkpoint)(args)
+    except (InputError, OSError) as error:
+        print(f"evaluate.py: error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def open_checkpoint(args):
+    """(model on the device, flags of its training, folder for what this command writes)."""
+    from train import load_checkpoint
+    path = Path(args.checkpoint)
+    path = path / "checkpoint.safetensors" if path.is_dir() else path
+    model, trained = load_checkpoint(path)
+    out = Path(args.out or path.parent)
+    out.mkdir(parents=True, exist_ok=True)
+    return model.to(args.device), trained, out
+
+
+def score_checkpoint(args) -> None:
+    """Prints the table of a checkpoint on the test set that its training named."""
+    from train import load_data
+    model, trained, out = open_checkpoint(args)
+    test = load_data(trained)[1]
+    results = detect(model, test, trained.batch_size, trained.nms_sigma)
+    tiou = args.tiou or trained.tiou
+    result = mean_average_precision(to_ground_truth(test.videos), results.predictions, tiou)
+    write_result(out / "result.json", results.predictions)
+    print(format_table(result, tiou))
+    write_figures(args.json, trained.test_subset, tiou, result)
+
+
+def find_in_video(args) -> None:
+    """Prints the actions found in one video, best first, and draws them to NAME.png."""
+    model, trained, out = open_checkpoint(args)
+    path = Path(args.video)
+    if model.vision is None:
+        fps = args.fps or trained.fps
+        if not fps:
+            raise InputError(f"--video {path}: this model reads features; say --fps, frames per second behind them")
+        duration = grid_to_seconds(len(open_features(path)), fps, trained.stride, trained.num_frames)
+    else:
+        duration, fps = probe(path)
+    video = Video(path.stem, duration, fps, path=path)
+    test = TALDataset([video], model.config.classes, trained.window, trained.stride, trained.num_frames,
+                      image_size=trained.image_size if model.vision else 0)
+    results = detect(model, test, trained.batch_size, trained.nms_sigma)
+    found = results.predictions[video.name]
+    print(f"{path}: {duration:.1f} s; actions with a score of at least {args.min_score}:")
+    for (start, end), label, score in zip(found["segments"], found["labels"], found["scores"]):
+        if score >= args.min_score:
+            print(f"{start:8.2f} - {end:7.2f} s  {label}  {score:.3f}")
+    figures.one_video(out / f"{video.name}.png", video, results)
+    print(f"wrote {out / f'{video.name}.png'}")
 
 
 def score_files(args):
@@ -76,19 +137,85 @@ def score_files(args):
     predictions = load_predictions(args.predictions)
     for note in doubts(ground_truth, predictions):
         print(f"note: {note}", file=sys.stderr)
-    result = mean_average_precision(ground_truth, predictions, args.tiou)
+    tiou = args.tiou or [0.3, 0.4, 0.5, 0.6, 0.7]
+    result = mean_average_precision(ground_truth, predictions, tiou)
     segments, detections = (sum(len(entry["labels"]) for entry in part.values())
                             for part in (ground_truth, predictions))
     print(f"{len(ground_truth)} videos of subset {args.subset}, {len(result['classes'])} classes, "
           f"{segments} segments, {detections} detections; AP in percent at each tIoU\n")
-    print(format_table(result, args.tiou))
-    if args.json:
-        figures = {"subset": args.subset, "tiou": args.tiou, "mAP": result["mAP"].tolist(),
-                   "average": result["average"], "AP": dict(zip(result["classes"], result["AP"].T.tolist()))}
-        Path(args.json).write_text(json.dumps(figures, indent=1) + "\n")
+    print(format_table(result, tiou))
+    write_figures(args.json, args.subset, tiou, result)
 
 
-# ------------------------------------------------------------------------------------------------------ metric
+def write_figures(path, subset: str, tiou: list, result: dict) -> None:
+    """Write what `mean_average_precision` returned as JSON, if a path is given."""
+    if path:
+        content = {"subset": subset, "tiou": tiou, "mAP": result["mAP"].tolist(), "average": result["average"],
+                   "AP": dict(zip(result["classes"], result["AP"].T.tolist()))}
+        Path(path).write_text(json.dumps(content, indent=1) + "\n")
+
+
+# ------------------------------------------------------------------------------------------------ detection
+class Detections(NamedTuple):
+    """What `detect` returns, per video name; times in seconds."""
+    predictions: dict   # {video: {"segments": (M, 2), "labels": [str], "scores": (M,)}}, best first
+    lambda_lang: dict   # {video: (T,) weight of language at each step of the grid}, empty without language
+    advantage: dict     # {video: (T,) predicted advantage}
+
+
+@torch.no_grad()
+def detect(model, dataset, batch_size: int = 1, nms_sigma: float = 0.5, voting: float = 0.0,
+           use_language: bool = True) -> Detections:
+    """Run the model over the sliding windows of a test set: merge the windows of each video, then soft-NMS.
+
+    model: ActionVLM. dataset: TALDataset with training=False. Segments are clamped to [0, duration].
+    """
+    model.eval()
+    device, classes = next(model.parameters()).device, model.config.classes
+    found, steps = {v.name: [] for v in dataset.videos}, {"lambda_lang": {}, "advantage": {}}
+    loader = DataLoader(dataset, batch_size, collate_fn=partial(collate, multiple=model.multiple))
+    for batch in tqdm(loader, desc="detect", leave=False, dynamic_ncols=True, disable=None):
+        output = model(batch.to(device), use_language)
+        for b, window in enumerate(batch.windows):
+            segments, scores, labels = decode(*([level[b] for level in part] for part in output[:2]), output.points,
+                                              [m[b] for m in output.mask])
+            found[window.video.name].append((segments.cpu() + window.start, scores.cpu(), labels.cpu()))
+            for name in steps if output.advantage is not None else ():
+                put_steps(steps[name], window, getattr(output, name)[b, :window.length].cpu().numpy())
+    predictions = {}
+    for video in dataset.videos:
+        segments, scores, labels = nms_per_class(*(torch.cat(part) for part in zip(*found[video.name])),
+                                                 sigma=nms_sigma, voting_threshold=voting)
+        seconds = grid_to_seconds(segments.numpy().astype(np.float64), video.fps, dataset.stride, dataset.num_frames)
+        predictions[video.name] = {"segments": seconds.clip(0, video.duration), "scores": scores.numpy(),
+                                   "labels": [classes[i] for i in labels]}
+    return Detections(predictions, **steps)
+
+
+def put_steps(series: dict, window, values: np.ndarray) -> None:
+    """Write a window's per-step values into its video's series; overlapping windows: the later one counts."""
+    old = series.get(window.video.name, np.zeros(0, np.float32))
+    new = np.zeros(max(len(old), window.start + len(values)), np.float32)
+    new[:len(old)] = old
+    new[window.start:window.start + len(values)] = values
+    series[window.video.name] = new
+
+
+def write_result(path, predictions: dict) -> None:
+    """Write predictions as an ActivityNet result file: {"results": {video: [{label, score, segment (seconds)}]}}."""
+    results = {name: [{"label": label, "score": float(score), "segment": [float(t) for t in segment]}
+                      for label, score, segment in zip(p["labels"], p["scores"], p["segments"])]
+               for name, p in predictions.items()}
+    content = {"version": "ActionVLM", "results": results, "external_data": {}}
+    Path(path).write_text(json.dumps(content) + "\n")
+
+
+def to_ground_truth(videos) -> dict:
+    """data.Video list -> what `mean_average_precision` takes."""
+    return {v.name: {"segments": v.segments, "labels": v.labels} for v in videos}
+
+
+# ------------------------------------------------------------------------------------------------ metric
 def mean_average_precision(ground_truth: dict, predictions: dict, thresholds) -> dict:
     """Mean over the classes of the interpolated average precision, at each of T thresholds.
 
@@ -101,11 +228,11 @@ def mean_average_precision(ground_truth: dict, predictions: dict, thresholds) ->
       "average"  float, mean of mAP over thresholds
       "AP"       (T, C) in [0, 1]
       "classes"  C labels in alphabetical order, all those in the ground truth
-    Raises ValueError for a threshold out of range, or for lists of different lengths in one video.
+    Raises InputError for a threshold out of range, or for lists of different lengths in one video.
     """
     thresholds = np.asarray(thresholds, dtype=np.float64).reshape(-1)
     if not (len(thresholds) and np.all((thresholds > 0) & (thresholds <= 1))):
-        raise ValueError(f"tIoU thresholds: expected one or more numbers > 0 and <= 1, found {thresholds.tolist()}. "
+        raise InputError(f"tIoU thresholds: expected one or more numbers > 0 and <= 1, found {thresholds.tolist()}. "
                          "Give fractions such as 0.3 0.5 0.7, not percent.")
     classes = sorted({label for entry in ground_truth.values() for label in entry["labels"]})
     unique = {video: without_duplicates(entry) for video, entry in ground_truth.items()}
@@ -114,7 +241,7 @@ def mean_average_precision(ground_truth: dict, predictions: dict, thresholds) ->
     gt_segments, gt_video, gt_class, _ = flatten(unique, ground_truth, classes)
     segments, video, label, scores = flatten(predictions, ground_truth, classes)
     if np.isnan(scores).any():
-        raise ValueError(f"predictions: expected numbers as scores, found {np.isnan(scores).sum()} NaN. "
+        raise InputError(f"predictions: expected numbers as scores, found {np.isnan(scores).sum()} NaN. "
                          "Did training diverge?")
     order = np.concatenate([np.zeros(0, int)] + [rows[scores[rows].argsort()[::-1]]  # ties: see detail 2
                                                  for rows in rows_by_value(label).values()])
@@ -233,7 +360,7 @@ def flatten(entries: dict, videos, classes: list):
         segments.append(np.asarray(entry["segments"], dtype=np.float64).reshape(-1, 2))
         scores.append(np.asarray(entry.get("scores", np.zeros(N)), dtype=np.float64).reshape(-1))
         if not len(segments[-1]) == len(scores[-1]) == N:
-            raise ValueError(f"video {video}: expected as many segments and scores as labels, found "
+            raise InputError(f"video {video}: expected as many segments and scores as labels, found "
                              f"{len(segments[-1])} segments, {len(scores[-1])} scores, {N} labels.")
         video_of += [video_index.get(video, -1)] * N
         class_of += [class_index.get(label, -1) for label in entry["labels"]]
@@ -267,13 +394,13 @@ def load_ground_truth(path, subset: str) -> dict:
     """Reads the videos of one subset, named in any case, from an ActivityNet-format file, plain or gzip.
 
     Returns {video: {"segments": (N, 2) float64 seconds, "labels": [str]}}; videos without segments are kept.
-    Raises ValueError for a file that cannot be read or is not of this format, and for a subset without segments.
+    Raises InputError for a file that cannot be read or is not of this format, and for a subset without segments.
     """
     database = read_field(path, "database")
     ground_truth, found = {}, Counter()
     for video, entry in database.items():
         if not (isinstance(entry, dict) and isinstance(entry.get("subset"), str)):
-            raise ValueError(f"{path}: database/{video}: expected an object with a text field 'subset', found "
+            raise InputError(f"{path}: database/{video}: expected an object with a text field 'subset', found "
                              f"{shorten(entry)}. Add the subset of this video.")
         found[entry["subset"]] += 1
         if entry["subset"].lower() == subset.lower():
@@ -281,9 +408,9 @@ def load_ground_truth(path, subset: str) -> dict:
             ground_truth[video] = read_segments(where, entry.get("annotations"), scored=False)
     if not ground_truth:
         names = ", ".join(f"{name} ({count} videos)" for name, count in found.items()) or "no videos at all"
-        raise ValueError(f"{path}: no video has the subset '{subset}'; found {names}. Give one of these by --subset.")
+        raise InputError(f"{path}: no video has the subset '{subset}'; found {names}. Give one of these by --subset.")
     if not any(entry["labels"] for entry in ground_truth.values()):
-        raise ValueError(f"{path}: expected segments in the subset '{subset}', found {len(ground_truth)} videos "
+        raise InputError(f"{path}: expected segments in the subset '{subset}', found {len(ground_truth)} videos "
                          "without a single one. Choose an annotated subset by --subset.")
     return ground_truth
 
@@ -292,7 +419,7 @@ def load_predictions(path) -> dict:
     """Reads an ActivityNet-format result file, plain or gzip.
 
     Returns {video: {"segments": (M, 2) float64 seconds, "labels": [str], "scores": (M,) float64}}.
-    Raises ValueError for a file that cannot be read or is not of this format.
+    Raises InputError for a file that cannot be read or is not of this format.
     """
     results = read_field(path, "results")
     return {video: read_segments(f"{path}: results/{video}", entries, scored=True)
@@ -302,11 +429,11 @@ def load_predictions(path) -> dict:
 def read_segments(where: str, entries, scored: bool) -> dict:
     """[{"label", "segment", and "score" if scored}] of one video as arrays. `where` leads the error messages."""
     if not isinstance(entries, list):
-        raise ValueError(f"{where}: expected a list of segments, found {shorten(entries)}. "
+        raise InputError(f"{where}: expected a list of segments, found {shorten(entries)}. "
                          "Write [] for a video without any.")
     for i, entry in enumerate(entries):
         if not isinstance(entry, dict):
-            raise ValueError(f"{where}[{i}]: expected an object with label and segment, found {shorten(entry)}.")
+            raise InputError(f"{where}[{i}]: expected an object with label and segment, found {shorten(entry)}.")
         segment = entry.get("segment")
         if not isinstance(entry.get("label"), str):
             problem = "label", "a text"
@@ -318,7 +445,7 @@ def read_segments(where: str, entries, scored: bool) -> dict:
             continue
         field, expected = problem
         value = shorten(entry[field]) if field in entry else f"no such field but {', '.join(entry) or 'none'}"
-        raise ValueError(f"{where}[{i}]/{field}: expected {expected}, found {value}. Correct or remove this entry.")
+        raise InputError(f"{where}[{i}]/{field}: expected {expected}, found {value}. Correct or remove this entry.")
     read = {"segments": np.array([entry["segment"] for entry in entries], dtype=np.float64).reshape(-1, 2),
             "labels": [entry["label"] for entry in entries]}
     if scored:
@@ -328,20 +455,10 @@ def read_segments(where: str, entries, scored: bool) -> dict:
 
 def read_field(path, field: str) -> dict:
     """The object `field` of a json file, plain or gzip (told by its first bytes, not by its name)."""
-    try:
-        content = Path(path).read_bytes()
-        if content[:2] == b"\x1f\x8b":
-            content = gzip.decompress(content)
-        data = json.loads(content)
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise ValueError(f"{path}: damaged gzip file: {error}. Copy or download it again.") from error
-    except OSError as error:  # missing, a folder, no permission
-        raise ValueError(f"{path}: cannot read the file: {error.strerror}. Check the path.") from error
-    except ValueError as error:
-        raise ValueError(f"{path}: expected json, plain or gzip, found something else: {error}.") from error
+    data = read_json(path)
     if not (isinstance(data, dict) and isinstance(data.get(field), dict)):
         found = f"an object with fields {', '.join(data) or '(none)'}" if isinstance(data, dict) else shorten(data)
-        raise ValueError(f"{path}: expected an object '{field}' at the top (video -> ...), found {found}. Ground truth "
+        raise InputError(f"{path}: expected an object '{field}' at the top (video -> ...), found {found}. Ground truth "
                          "has 'database' and a result file 'results': are the two files swapped?")
     return data[field]
 
@@ -377,63 +494,3 @@ def shorten(value, limit: int = 80) -> str:
 
 if __name__ == "__main__":
     sys.exit(main())
-
-
-# ------------------------------------------------------------------------------------------------ detection
-class Detections(NamedTuple):
-    """What `detect` returns, per video name; times in seconds."""
-    predictions: dict   # {video: {"segments": (M, 2), "labels": [str], "scores": (M,)}}, best first
-    lambda_lang: dict   # {video: (T,) weight of language at each step of the grid}, empty without language
-    advantage: dict     # {video: (T,) predicted advantage}
-
-
-@torch.no_grad()
-def detect(model, dataset, batch_size: int = 1, nms_sigma: float = 0.5, voting: float = 0.0,
-           use_language: bool = True) -> Detections:
-    """Run the model over the sliding windows of a test set: merge the windows of each video, then soft-NMS.
-
-    model: ActionVLM. dataset: TALDataset with training=False. Segments are clamped to [0, duration].
-    """
-    model.eval()
-    device, classes = next(model.parameters()).device, model.config.classes
-    found, steps = {v.name: [] for v in dataset.videos}, {"lambda_lang": {}, "advantage": {}}
-    loader = DataLoader(dataset, batch_size, collate_fn=partial(collate, multiple=model.multiple))
-    for batch in tqdm(loader, desc="detect", leave=False, dynamic_ncols=True, disable=None):
-        output = model(batch.to(device), use_language)
-        for b, window in enumerate(batch.windows):
-            segments, scores, labels = decode(*([level[b] for level in part] for part in output[:2]), output.points,
-                                              [m[b] for m in output.mask])
-            found[window.video.name].append((segments.cpu() + window.start, scores.cpu(), labels.cpu()))
-            for name in steps if output.advantage is not None else ():
-                put_steps(steps[name], window, getattr(output, name)[b, :window.length].cpu().numpy())
-    predictions = {}
-    for video in dataset.videos:
-        segments, scores, labels = nms_per_class(*(torch.cat(part) for part in zip(*found[video.name])),
-                                                 sigma=nms_sigma, voting_threshold=voting)
-        seconds = grid_to_seconds(segments.numpy().astype(np.float64), video.fps, dataset.stride, dataset.num_frames)
-        predictions[video.name] = {"segments": seconds.clip(0, video.duration), "scores": scores.numpy(),
-                                   "labels": [classes[i] for i in labels]}
-    return Detections(predictions, **steps)
-
-
-def put_steps(series: dict, window, values: np.ndarray) -> None:
-    """Write a window's per-step values into its video's series; overlapping windows: the later one counts."""
-    old = series.get(window.video.name, np.zeros(0, np.float32))
-    new = np.zeros(max(len(old), window.start + len(values)), np.float32)
-    new[:len(old)] = old
-    new[window.start:window.start + len(values)] = values
-    series[window.video.name] = new
-
-
-def write_result(path, predictions: dict) -> None:
-    """Write predictions as an ActivityNet result file: {"results": {video: [{label, score, segment (seconds)}]}}."""
-    results = {name: [{"label": label, "score": float(score), "segment": [float(t) for t in segment]}
-                      for label, score, segment in zip(p["labels"], p["scores"], p["segments"])]
-               for name, p in predictions.items()}
-    content = {"version": "ActionVLM", "results": results, "external_data": {}}
-    Path(path).write_text(json.dumps(content) + "\n")
-
-
-def to_ground_truth(videos) -> dict:
-    """data.Video list -> what `mean_average_precision` takes."""
-    return {v.name: {"segments": v.segments, "labels": v.labels} for v in videos}

@@ -144,8 +144,7 @@ def train(run: Run, training: TALDataset, test: TALDataset, out: Path) -> None:
     print(describe_parameters(model, args))
     started, first = time.time(), run.epoch
     for epoch in range(run.epoch, args.epochs):
-        alternating = epoch - args.vision_epochs                                  # 0, 2, 4 .. are vision-only
-        with_language = model.language is not None and alternating > 0 and alternating % 2 == 1
+        with_language = model.language is not None and epoch % 2 == 1
         terms = (vision_language_epoch if with_language else vision_only_epoch)(run, loader)
         left = (time.time() - started) / (run.epoch - first) * (args.epochs - run.epoch)
         log_epoch(out, run, "vision-language" if with_language else "vision-only", terms, left)
@@ -206,8 +205,6 @@ def get_args(argv=None) -> argparse.Namespace:
     group("--prior", type=float, default=0.01, help="probability that every class starts at")
     group = parser.add_argument_group("training").add_argument
     group("--epochs", type=int, default=120, help="epochs, vision-only and vision-language in turn")
-    group("--vision-epochs", type=int, default=0,
-          help="vision-only epochs before the alternation, for an encoder that is not pretrained (0 = the paper)")
     group("--warmup-epochs", type=float, default=5, help="epochs of linear warm-up")
     group("--batch-size", type=int, default=1, help="windows per step")
     group("--lr", type=float, default=1e-4, help="learning rate of head, projection, special tokens, FC")
@@ -378,7 +375,8 @@ def load_checkpoint(path, run: Run | None = None):
         raise InputError(f"{path}: expected the configuration of this run, found another in {', '.join(differ)}; "
                          f"use the flags of the first run, or another --out")
     restore(run.model, path, part(tensors, "model"))
-    run.ema = {n: t.to(run.device) for n, t in part(tensors, "ema").items()}
+    average = part(tensors, "ema")
+    run.ema = {n: average[n].to(run.device) for n, _ in trained_parameters(run.model) if n in average}
     for name, parameter in trained_parameters(run.model):
         state = {key: tensors[f"optimizer.{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")
                  if f"optimizer.{key}.{name}" in tensors}

@@ -251,7 +251,7 @@ def test_load_files(tmp_path, compress):
 
 
 BROKEN_RESULTS = [
-    ("{", "expected json"),
+    ("{", "expected a JSON file"),
     ([1], "expected an object 'results' at the top"),
     (GROUND_TRUTH, "found an object with fields database.*swapped"),
     ({"results": {"v1": {}}}, r"results/v1: expected a list of segments, found {}"),
@@ -278,10 +278,10 @@ def test_broken_ground_truth_and_unreadable_files(tmp_path):
         load_ground_truth(path, "blind")
     with pytest.raises(ValueError, match="database/v: expected an object with a text field 'subset'"):
         load_ground_truth(write(path, {"database": {"v": {"annotations": []}}}), "test")
-    with pytest.raises(ValueError, match="nowhere.json: cannot read the file: No such file"):
+    with pytest.raises(ValueError, match="nowhere.json: expected a JSON file .*No such file"):
         load_predictions(tmp_path / "nowhere.json")
     path.write_bytes(gzip.compress(b"{}" * 100)[:-9])
-    with pytest.raises(ValueError, match="damaged gzip"):
+    with pytest.raises(ValueError, match="expected a JSON file .*end-of-stream"):
         load_predictions(path)
 
 
@@ -307,7 +307,7 @@ def test_main(tmp_path, capsys):
                       "AP": {"a": [1.0, 0.0], "b": [0.0, 0.0]}}
     for mistake in (["--tiou", "50"], ["--subset", "nosuch"], ["--json", str(tmp_path / "no" / "such.json")]):
         assert evaluate.main(flags + mistake) == 2
-        assert capsys.readouterr().err.startswith("error: ")
+        assert capsys.readouterr().err.startswith("evaluate.py: error: ")
 
 
 def test_main_notes_what_may_be_a_mistake(tmp_path, capsys):
@@ -323,7 +323,7 @@ def test_main_notes_what_may_be_a_mistake(tmp_path, capsys):
 def test_command_reports_a_mistake_without_traceback(tmp_path):
     done = command("--ground-truth", tmp_path / "nowhere.json", "--predictions", tmp_path / "nowhere.json")
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.startswith("error: ") and "Traceback" not in done.stderr
+    assert done.stderr.startswith("evaluate.py: error: ") and "Traceback" not in done.stderr
 
 
 @needs_shared

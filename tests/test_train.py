@@ -61,7 +61,7 @@ def test_algorithm1_vision_only_epoch_resets_accumulates_and_steps(make_run, loa
     for c in (1, 3):                                                             # line 5, and 3 is background
         chosen = mask & (classes == c)
         torch.testing.assert_close(run.model.class_mean.mean()[c], loss[chosen].mean())
-    assert run.model.class_mean.count.tolist() == [0, 24 / 2, 0, 42 - 12]        # line 2: 1e6 is gone
+    assert run.model.class_mean.count.tolist() == [0, 24, 0, 42 - 24]             # line 2: 1e6 is gone
     changed = {n for n, p in run.model.named_parameters() if not torch.equal(p, before[n])}
     assert not any(n.startswith(("language.", "predict_advantage.")) for n in changed)
     assert "project.weight" in changed and "head.cls_head.out.weight" in changed  # line 6
