@@ -48,7 +48,7 @@ def loss_curves(figure, log: list) -> None:
             panel.legend(fontsize=8)
 
 
-def timeline(figure, video: Video, detections, min_score: float = 0.2) -> None:
+def timeline(figure, video: Video, detections, min_score: float = 0.3) -> None:
     """Frames, ground truth, detections with a score of at least `min_score`, and lambda over time (seconds)."""
     found = detections.predictions[video.name]
     shown = [i for i, score in enumerate(found["scores"]) if score >= min_score][:20]

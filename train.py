@@ -121,6 +121,7 @@ def main(argv=None) -> int:
     torch.manual_seed(args.seed)
     out = Path(args.out)
     try:
+        open_folder(out, args)
         training, test, descriptions = load_data(args)
         model = ActionVLM(load_config(args, training, descriptions))
         run = Run(model, args, steps_per_epoch=math.ceil(len(training) / args.batch_size))
@@ -134,6 +135,16 @@ def main(argv=None) -> int:
     except InputError as error:
         print(f"train.py: error: {error}", file=sys.stderr)
         return 2
+
+
+def open_folder(out: Path, args) -> None:
+    """Make --out ready: a new run needs a folder without another run's files, or --overwrite."""
+    if not args.resume and (out / "log.jsonl").exists():
+        if not args.overwrite:
+            raise InputError(f"--out {out}: expected a folder without a run, found log.jsonl; go on with --resume, "
+                             f"start over with --overwrite, or name another folder")
+        (out / "log.jsonl").unlink()
+    out.mkdir(parents=True, exist_ok=True)
 
 
 def train(run: Run, training: TALDataset, test: TALDataset, out: Path) -> None:
@@ -168,8 +179,8 @@ def log_epoch(out: Path, run: Run, kind: str, terms: dict, seconds_left: float) 
         names = [*run.model.config.classes, "background"]
         row["class_mean"] = {n: round(m, 4) for n, m in zip(names, run.model.class_mean.mean().tolist())}
         print("          class means: " + ", ".join(f"{n} {m:.3f}" for n, m in row["class_mean"].items()))
-    with open(out / "log.jsonl", "a") as log:
-        log.write(json.dumps(row) + "\n")
+    earlier = [r for r in read_log(out / "log.jsonl") if r["epoch"] < run.epoch]      # none repeated after a resume
+    (out / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in [*earlier, row]))
 
 
 # ------------------------------------------------------------------------------------------------ setup
@@ -220,6 +231,7 @@ def get_args(argv=None) -> argparse.Namespace:
     group = parser.add_argument_group("run").add_argument
     group("--out", default="out", help="folder for everything the run writes")
     group("--resume", action="store_true", help="go on from OUT/checkpoint.safetensors")
+    group("--overwrite", action="store_true", help="start over in a folder that holds another run")
     group("--tiou", type=float, nargs="+", default=[0.3, 0.4, 0.5, 0.6, 0.7], help="tIoU thresholds of the evaluation")
     group("--nms-sigma", type=float, default=0.5, help="sigma of soft-NMS")
     group("--seed", type=int, default=0, help="seed of weights, order and augmentation")
@@ -424,8 +436,8 @@ def use_average(run: Run) -> None:
 
 
 def read_log(path) -> list:
-    """The rows of log.jsonl."""
-    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+    """The rows of log.jsonl; none before the first epoch."""
+    return [json.loads(line) for line in Path(path).read_text().splitlines()] if Path(path).exists() else []
 
 
 if __name__ == "__main__":

@@ -1,0 +1,139 @@
+"""The commands of the README, run small: train on videos and on features, resume, evaluate, look at one video."""
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import data
+import evaluate
+import train
+
+ROOT = Path(__file__).parents[1]
+
+
+def command(*words, **kwargs):
+    return subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """A demo of few videos, and the flags that train on it for two epochs."""
+    folder = tmp_path_factory.mktemp("demo")
+    data.make_demo(folder / "data", train=4, test=2)
+    return folder, ["--videos", folder / "data/videos", "--annotations", folder / "data/annotations.json",
+                    "--descriptions", folder / "data/descriptions.json", "--epochs", 2, "--warmup-epochs", 1,
+                    "--device", "cpu", "--out", folder / "out"]
+
+
+@pytest.fixture(scope="module")
+def trained(demo):
+    folder, flags = demo
+    done = command("train.py", *flags)
+    assert done.returncode == 0, done.stderr
+    return folder / "out", done.stdout, flags
+
+
+def table(text):
+    return [line for line in text.splitlines() if line.startswith("|")]
+
+
+def test_train_py_writes_everything_and_prints_what_it_does(trained):
+    out, printed, _ = trained
+    assert {"checkpoint.safetensors", "log.jsonl", "result.json", "report.png", "tiny-lm"} == {p.name for p in out.iterdir()}
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [row["kind"] for row in log] == ["vision-only", "vision-language"]
+    assert set(log[0]["class_mean"]) == {*data.DEMO_DESCRIPTIONS, "background"} and log[0]["class_mean"]["background"] > 0
+    assert {"loss_cls", "loss_loc", "loss_tg", "loss_adv", "lambda_lang", "lr"} <= set(log[1])
+    assert "vision-only" in printed and "vision-language" in printed and "class means: Catch" in printed
+    assert table(printed)[2].startswith("| mAP") and (out / "report.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_evaluate_checkpoint_repeats_the_table(trained, capsys):
+    out, printed, _ = trained
+    before = (out / "result.json").read_bytes()
+    assert evaluate.main(["--checkpoint", str(out), "--device", "cpu"]) == 0
+    assert table(capsys.readouterr().out) == table(printed)
+    assert (out / "result.json").read_bytes() == before
+
+
+def test_evaluate_result_file_gives_the_same_table(trained, demo, capsys):
+    out, printed, _ = trained
+    assert evaluate.main(["--ground-truth", str(demo[0] / "data/annotations.json"), "--predictions",
+                          str(out / "result.json"), "--subset", "Test"]) == 0
+    assert table(capsys.readouterr().out) == table(printed)
+
+
+def test_evaluate_one_video_prints_and_draws(trained, demo, tmp_path):
+    video = demo[0] / "data/videos/test_001.mp4"
+    done = command("evaluate.py", "--checkpoint", trained[0], "--video", video, "--min-score", 0, "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = [line for line in done.stdout.splitlines() if " s  " in line]
+    assert len(rows) > 10 and any(name in rows[0] for name in data.DEMO_DESCRIPTIONS)
+    assert (tmp_path / "test_001.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_moved_run_is_still_evaluated(trained, tmp_path, capsys):
+    (tmp_path / "moved").mkdir()
+    for source in trained[0].rglob("*"):
+        target = tmp_path / "moved" / source.relative_to(trained[0])
+        target.mkdir(exist_ok=True) if source.is_dir() else target.write_bytes(source.read_bytes())
+    trained[0].rename(trained[0].with_name("away"))
+    try:
+        assert evaluate.main(["--checkpoint", str(tmp_path / "moved"), "--device", "cpu"]) == 0
+    finally:
+        trained[0].with_name("away").rename(trained[0])
+    assert table(capsys.readouterr().out) == table(trained[1])
+
+
+def test_resume_goes_on_and_a_second_run_does_not_overwrite(demo, tmp_path, capsys):
+    flags = [str(f) for f in demo[1]] + ["--out", str(tmp_path), "--lambda-lang", "0"]
+    assert train.main([*flags, "--epochs", "1"]) == 0
+    assert train.main([*flags, "--epochs", "1"]) == 2
+    assert "--resume" in capsys.readouterr().err
+    assert train.main([*flags, "--epochs", "3", "--resume"]) == 0
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [(row["epoch"], row["step"]) for row in log] == [(1, 2), (2, 4), (3, 6)]
+    assert train.main([*flags, "--epochs", "1", "--overwrite"]) == 0
+    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 1
+
+
+@pytest.fixture(scope="module")
+def features(tmp_path_factory):
+    """Random features of width 6, 80 steps a video at stride 4 of 30 fps, with annotations and descriptions."""
+    folder, rng = tmp_path_factory.mktemp("features"), np.random.default_rng(0)
+    database = {}
+    for name, subset in (("a", "Train"), ("b", "Train"), ("c", "Val")):
+        np.save(folder / f"{name}.npy", rng.normal(size=(80, 6)).astype(np.float32))
+        database[name] = {"subset": subset, "duration": 10.7, "fps": 30, "annotations": [
+            {"label": "Run", "segment": [1, 3]}, {"label": "Jump", "segment": [5, 6.5]}]}
+    (folder / "annotations.json").write_text(json.dumps({"database": database}))
+    (folder / "descriptions.json").write_text(json.dumps({"Run": "Legs alternate.", "Jump": "Both feet leave the ground."}))
+    return folder, ["--dataset", "custom", "--features", folder, "--annotations", folder / "annotations.json",
+                    "--descriptions", folder / "descriptions.json", "--train-subset", "TRAIN", "--test-subset", "val",
+                    "--window", 32, "--levels", 3, "--width", 16, "--epochs", 2, "--lora-rank", 4, "--device", "cpu"]
+
+
+@pytest.mark.parametrize("layout", ["frames-first", "text-first"])
+def test_custom_features_with_sliding_windows(features, tmp_path, capsys, layout):
+    folder, flags = features
+    assert train.main([*map(str, flags), "--layout", layout, "--out", str(tmp_path)]) == 0
+    assert table(capsys.readouterr().out)[2].startswith("| mAP")
+    found = json.loads((tmp_path / "result.json").read_text())["results"]
+    assert list(found) == ["c"] and all(0 <= t <= 10.7 for d in found["c"] for t in d["segment"])
+    assert evaluate.main(["--checkpoint", str(tmp_path), "--video", str(folder / "b.npy"), "--device", "cpu"]) == 2
+    assert "--fps" in capsys.readouterr().err
+    assert evaluate.main(["--checkpoint", str(tmp_path), "--video", str(folder / "b.npy"), "--fps", "30", "--device", "cpu"]) == 0
+
+
+@pytest.mark.parametrize("change, message", [
+    (["--annotations", "nowhere.json"], "nowhere.json: expected a JSON file"), (["--train-subset", "x"], "subsets there"),
+    (["--features", "."], "found none for 2 of 2: a, b"), (["--lm", "nowhere"], "--lm nowhere: expected"),
+    (["--resume"], "checkpoint.safetensors: expected a checkpoint"),
+])
+def test_mistakes_end_with_a_message_and_exit_code_2(features, tmp_path, capsys, change, message):
+    assert train.main([*map(str, features[1]), "--out", str(tmp_path), *change]) == 2
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error
