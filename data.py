@@ -8,7 +8,6 @@ files) and grid units (in `Window`, `Batch`, in the head), where grid unit l is 
 
 `num_frames` is the length of the snippet that one feature sees (16 for I3D); 0 end to end.
 """
-import csv
 import gzip
 import json
 from dataclasses import dataclass, field, replace
@@ -26,7 +25,7 @@ PRESETS = {
         videos="data/demo/videos", annotations="data/demo/annotations.json",
         descriptions="data/demo/descriptions.json", train_subset="training", test_subset="test",
         stride=1, window=128, image_size=32, resize=36, min_overlap=0.75, levels=5, width=128, head_window=0, prior=0.1,
-        epochs=16, warmup_epochs=2, batch_size=2, lr=1e-3, lr_vision=1e-3, lr_lm=1e-3, lora_rank=8, lora_alpha=16,
+        epochs=16, warmup_epochs=2, batch_size=2, lr=3e-4, lr_vision=7e-4, lr_lm=1e-3, lora_rank=8, lora_alpha=16,
         ema=0.98),
 }
 
@@ -193,7 +192,7 @@ def augment(frames: torch.Tensor, size: int, rng) -> torch.Tensor:
     frames: (T, 3, h, w) uint8 -> (T, 3, size, size) uint8.
     """
     h, w = frames.shape[-2:]
-    side = int(round(min(h, w) * rng.uniform(0.8, 1.0)))
+    side = int(rng.integers(min(size, h, w), min(h, w) + 1))                    # never enlarged
     y, x = rng.integers(0, h - side + 1), rng.integers(0, w - side + 1)
     frames = resize(frames[..., y:y + side, x:x + side], size)
     if rng.random() < 0.5:
@@ -235,7 +234,8 @@ def read_frames(path, times: np.ndarray, short_side: int) -> np.ndarray:
             if times[0] > 0:
                 container.seek(int(start + times[0] / tick), stream=stream)
             for frame in container.decode(stream):
-                while last is not None and len(out) < len(times) and times[len(out)] + half <= (frame.pts - start) * tick:
+                shown = (frame.pts - start) * tick - half
+                while last is not None and len(out) < len(times) and times[len(out)] <= shown:
                     last = to_rgb(last, short_side, scaler)          # shown until `frame` comes
                     out.append(last)
                 if len(out) == len(times):
@@ -243,7 +243,7 @@ def read_frames(path, times: np.ndarray, short_side: int) -> np.ndarray:
                 last = frame
             if last is not None:
                 last = to_rgb(last, short_side, scaler)
-    except (av.error.FFmpegError, IndexError, OSError) as error:
+    except (av.error.FFmpegError, IndexError, OSError, TypeError) as error:
         raise InputError(f"{path}: expected a video that PyAV can decode, found: {error}; "
                          f"re-encode it (ffmpeg -i in -c:v libx264 out.mp4) or leave it out") from error
     if last is None:
@@ -258,7 +258,8 @@ def to_rgb(frame, short_side: int, scaler) -> np.ndarray:
         return frame
     scale = short_side / min(frame.width, frame.height)
     w, h = max(short_side, round(frame.width * scale)), max(short_side, round(frame.height * scale))
-    image = scaler.reformat(frame, w, h, "rgb24", interpolation="AREA" if scale < 1 else "BILINEAR", threads=1).to_ndarray()
+    kind = "AREA" if scale < 1 else "BILINEAR"
+    image = scaler.reformat(frame, w, h, "rgb24", interpolation=kind, threads=1).to_ndarray()
     return np.rot90(image, round(frame.rotation / 90))
 
 
@@ -397,8 +398,8 @@ def make_demo(folder, train=96, test=24, seed=0, fps=10, size=64) -> None:
 
 
 def demo_script(rng, fps):
-    """Draw a clip: poses (T, 7), ball positions (T, 3) relative to the body (x, y, visible), annotations."""
-    poses, balls, annotations, previous = [], [], [], np.zeros(2)
+    """Draw a clip: poses (T, 4), ball positions (T, 3) relative to the body (x, y, visible), annotations."""
+    poses, balls, annotations = [], [], []
     for label in rng.permutation(list(DEMO_DESCRIPTIONS))[:rng.integers(3, 5)]:
         phase = np.linspace(0, 1, int(rng.integers(10, 25)))
         pose, ball = demo_action(label, phase)
@@ -457,7 +458,7 @@ def render(poses, balls, size, rng) -> np.ndarray:
         strokes += [(hip, knee, 0.12), (knee, foot, 0.12)]
     strokes += [(neck, hand_l, 0.1), (neck, hand_r, 0.1), (neck - [0, 0.42 * unit],) * 2 + (0.3,)]
     ramp = np.linspace(-1, 1, size)
-    base, skin, paint = (rng.uniform(low, high) + rng.uniform(-30, 30, 3)                # dark room, light figure
+    base, skin, paint = (rng.uniform(low, high) + rng.uniform(-20, 20, 3)                # dark room, light figure
                          for low, high in ((30, 70), (180, 230), (180, 230)))
     slope = rng.normal(0, 8, (2, 3))
     background = base + ramp[:, None, None] * slope[0] + ramp[None, :, None] * slope[1]

@@ -47,7 +47,7 @@ DUPLICATE_TOLERANCE = 1e-3  # seconds
 
 
 # ------------------------------------------------------------------------------------------------ command line
-def get_args(argv=None):
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     model = parser.add_argument_group("a trained model").add_argument
     model("--checkpoint", metavar="DIR", help="folder (or checkpoint.safetensors) that train.py wrote: its test table")
@@ -64,6 +64,12 @@ def get_args(argv=None):
     metric("--tiou", type=float, nargs="+", metavar="IOU",
            help="temporal IoU thresholds, each > 0 and <= 1 (default: those of the training, else .3 to .7)")
     metric("--json", metavar="FILE", help="also write the figures to FILE, as fractions with all digits")
+    return parser
+
+
+def get_args(argv=None):
+    """Flags, checked against each other."""
+    parser = build_parser()
     args = parser.parse_args(argv)
     if bool(args.checkpoint) == bool(args.ground_truth and args.predictions):
         parser.error("expected --checkpoint DIR, or both --ground-truth FILE and --predictions FILE")

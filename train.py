@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import DataLoader
@@ -56,7 +56,7 @@ def vision_language_epoch(run, loader) -> dict:
         dh = run.detection_loss(output, batch)                                    # line 13: Eq. 6
         advantage = language_advantage(class_mean, dh.frame_loss, run.frame_classes(batch))        # line 14: Eq. 1
         loss_adv = advantage_loss(output.advantage, advantage, batch.mask)        # line 15: Eq. 3
-        lambda_adv = 0.0 if isinstance(args.lambda_lang, float) else args.lambda_adv   # a fixed weight has no use for it
+        lambda_adv = args.lambda_adv if args.lambda_lang == "learned" else 0.0     # a fixed weight has no use for it
         loss = dh.loss_dh + args.lambda_tg * output.text_loss + lambda_adv * loss_adv  # line 16: Eq. 9
         run.step(loss, loss_cls=dh.loss_cls, loss_loc=dh.loss_loc, loss_tg=output.text_loss, loss_adv=loss_adv,
                  lambda_lang=output.lambda_lang.sum() / batch.mask.sum(), advantage=advantage[batch.mask].mean())
@@ -154,6 +154,7 @@ def train(run: Run, training: TALDataset, test: TALDataset, out: Path) -> None:
     print(f"{len(training)} training videos, {len(test.videos)} test videos, {len(model.config.classes)} classes")
     print(describe_parameters(model, args))
     started, first = time.time(), run.epoch
+    save_checkpoint(out / "checkpoint.safetensors", run)
     for epoch in range(run.epoch, args.epochs):
         with_language = model.language is not None and epoch % 2 == 1
         terms = (vision_language_epoch if with_language else vision_only_epoch)(run, loader)
@@ -186,6 +187,13 @@ def log_epoch(out: Path, run: Run, kind: str, terms: dict, seconds_left: float) 
 # ------------------------------------------------------------------------------------------------ setup
 def get_args(argv=None) -> argparse.Namespace:
     """Flags; the preset of --dataset gives the defaults, the command line wins."""
+    parser = build_parser()
+    parser.set_defaults(**PRESETS[parser.parse_known_args(argv)[0].dataset])
+    return check_args(parser, parser.parse_args(argv))
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Every flag with its unit; the defaults are the paper's THUMOS14 recipe, end to end."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     group = parser.add_argument_group("data").add_argument
     group("--dataset", choices=sorted(PRESETS), default="demo", help="preset of flags (data.PRESETS)")
@@ -215,7 +223,7 @@ def get_args(argv=None) -> argparse.Namespace:
     group("--head-window", type=int, default=19, help="attention window of the head in steps (0 = global)")
     group("--prior", type=float, default=0.01, help="probability that every class starts at")
     group = parser.add_argument_group("training").add_argument
-    group("--epochs", type=int, default=120, help="epochs, vision-only and vision-language in turn")
+    group("--epochs", type=int, default=120, help="epochs, vision-only and vision-language in turn (0 = only evaluate)")
     group("--warmup-epochs", type=float, default=5, help="epochs of linear warm-up")
     group("--batch-size", type=int, default=1, help="windows per step")
     group("--lr", type=float, default=1e-4, help="learning rate of head, projection, special tokens, FC")
@@ -236,9 +244,7 @@ def get_args(argv=None) -> argparse.Namespace:
     group("--nms-sigma", type=float, default=0.5, help="sigma of soft-NMS")
     group("--seed", type=int, default=0, help="seed of weights, order and augmentation")
     group("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
-    preset = parser.parse_known_args(argv)[0].dataset
-    parser.set_defaults(**PRESETS[preset])
-    return check_args(parser, parser.parse_args(argv))
+    return parser
 
 
 def check_args(parser, args):
@@ -250,7 +256,9 @@ def check_args(parser, args):
     for flag in ("annotations", "descriptions"):
         if not getattr(args, flag):
             parser.error(f"expected --{flag} FILE")
-    for flag in ("window", "stride", "epochs", "batch_size", "levels", "width"):
+    if args.epochs < 0:
+        parser.error(f"--epochs: expected 0 (evaluate the untrained model) or more, found {args.epochs}")
+    for flag in ("window", "stride", "batch_size", "levels", "width"):
         if getattr(args, flag) < 1:
             parser.error(f"--{flag.replace('_', '-')}: expected at least 1, found {getattr(args, flag)}")
     return args
@@ -282,11 +290,17 @@ def load_data(args):
     sets = []
     for subset in (args.train_subset, args.test_subset):
         chosen = find_files(subset_of(videos, subset, args.annotations), folder, *suffixes)
-        sets.append([v if v.fps else replace(v, fps=args.fps or (probe(v.path)[1] if args.videos else 0)) for v in chosen])
-        if not all(v.fps for v in sets[-1]):
-            raise InputError(f"{args.annotations}: expected fps for every video, found none for some; give --fps")
+        sets.append([with_fps(v, args) for v in chosen])
     return (TALDataset(sets[0], training=True, min_overlap=args.min_overlap, resize=args.resize, **common),
             TALDataset(sets[1], **common), descriptions)
+
+
+def with_fps(video, args):
+    """The video with its frame rate: from the annotations, else --fps, else the file."""
+    fps = video.fps or args.fps or (probe(video.path)[1] if args.videos else 0)
+    if not fps:
+        raise InputError(f"{args.annotations}: video '{video.name}': expected fps, found none; add it or give --fps")
+    return replace(video, fps=fps)
 
 
 def load_config(args, training: TALDataset, descriptions: dict) -> Config:
@@ -329,8 +343,8 @@ def parameter_groups(model: ActionVLM, args) -> list:
         part = "vision" if name.startswith("vision.") else "lm" if name.startswith("language.lm.") else "head"
         groups.setdefault((part, id(parameter) in decayed), []).append(parameter)
     rates = {"head": args.lr, "vision": args.lr_vision, "lm": args.lr_lm}
-    return [dict(params=p, name=part, lr=rates[part], base_lr=rates[part], weight_decay=args.weight_decay if decay else 0.0)
-            for (part, decay), p in groups.items()]
+    return [dict(params=p, name=part, lr=rates[part], base_lr=rates[part],
+                 weight_decay=args.weight_decay if decay else 0.0) for (part, decay), p in groups.items()]
 
 
 def lr_factor(step: int, steps_per_epoch: int, epochs: int, warmup_epochs: float) -> float:
@@ -348,7 +362,8 @@ def describe_parameters(model, args) -> str:
     for group in parameter_groups(model, args):
         counts[group["name"]] += sum(p.numel() for p in group["params"])
     trained = ", ".join(f"{part} {count:,} (lr {rates[part]:g})" for part, count in counts.items() if count)
-    return f"trained parameters: {trained}; frozen: {sum(p.numel() for p in model.parameters() if not p.requires_grad):,}"
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    return f"trained parameters: {trained}; frozen: {frozen:,}"
 
 
 # ------------------------------------------------------------------------------------------------ checkpoints
@@ -379,7 +394,11 @@ def load_checkpoint(path, run: Run | None = None):
     if run is None:
         if not Path(config.lm).exists() and (Path(path).parent / Path(config.lm).name).exists():
             config.lm = str(Path(path).parent / Path(config.lm).name)            # the run's folder was moved
-        model = ActionVLM(config)
+        try:
+            model = ActionVLM(config)
+        except OSError as error:
+            raise InputError(f"{path}: expected the language model of its training, found none at {config.lm}; "
+                             f"put it there") from error
         restore(model, path, part(tensors, "model") | part(tensors, "ema"))
         return model, args
     if asdict(run.model.config) != asdict(config):
@@ -404,23 +423,21 @@ def read_checkpoint(path):
     try:
         with safe_open(str(path), framework="pt") as file:
             return file.metadata(), {name: file.get_tensor(name) for name in file.keys()}
-    except (OSError, ValueError, Exception) as error:
+    except (OSError, SafetensorError) as error:
         raise InputError(f"{path}: expected a checkpoint that train.py wrote, found: {error}") from error
 
 
 def model_state(model: ActionVLM) -> dict:
     """What a checkpoint keeps of the model: trained parameters and buffers; the frozen language model stays away."""
-    frozen = {n for n, p in model.named_parameters() if not p.requires_grad}
-    return {n: t for n, t in model.state_dict().items()
-            if n not in frozen and not (n.startswith("language.lm.") and "lora_" not in n)}
+    return {n: t for n, t in model.state_dict().items() if not n.startswith("language.lm.") or "lora_" in n}
 
 
 def restore(model: ActionVLM, path, state: dict) -> None:
     """Copy a checkpoint's tensors into the model; every one has to be there, and none may be left over."""
     expected = set(model_state(model))
     if expected != set(state):
-        raise InputError(f"{path}: expected the tensors of this model, found missing {sorted(expected - set(state))[:3]} "
-                         f"and unknown {sorted(set(state) - expected)[:3]}")
+        raise InputError(f"{path}: expected the tensors of this model, missing are {sorted(expected - set(state))[:3]} "
+                         f"and unknown are {sorted(set(state) - expected)[:3]}")
     model.load_state_dict(state, strict=False)
 
 

@@ -84,13 +84,13 @@ class LanguageModel(nn.Module):
     layout: "frames-first" (the paper's order) or "text-first" (the module's docstring).
     """
 
-    def __init__(self, folder, descriptions: dict, lora_rank=128, lora_alpha=256, layout="frames-first", dtype=None):
+    def __init__(self, folder, descriptions: dict, lora_rank=128, lora_alpha=256, layout="frames-first"):
         super().__init__()
         from peft import LoraConfig, get_peft_model
         from transformers import AutoModelForCausalLM, AutoTokenizer
         self.layout, self.classes = layout, list(descriptions)
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        base = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or torch.float32, attn_implementation="sdpa")
+        base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
         with warnings.catch_warnings():                  # peft asks transformers by an old name
             warnings.simplefilter("ignore", FutureWarning)
             self.lm = get_peft_model(base, LoraConfig(r=lora_rank, lora_alpha=lora_alpha, target_modules="all-linear"))

@@ -100,6 +100,13 @@ def test_resume_goes_on_and_a_second_run_does_not_overwrite(demo, tmp_path, caps
     assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 1
 
 
+def test_an_untrained_model_scores_near_zero(demo, tmp_path, capsys):
+    """Otherwise the demo would be too easy to mean anything."""
+    flags = [str(f) for f in demo[1]] + ["--epochs", "0", "--out", str(tmp_path)]
+    assert train.main(flags) == 0
+    assert float(table(capsys.readouterr().out)[2].split("|")[-2]) < 5
+
+
 @pytest.fixture(scope="module")
 def features(tmp_path_factory):
     """Random features of width 6, 80 steps a video at stride 4 of 30 fps, with annotations and descriptions."""

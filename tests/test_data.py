@@ -249,7 +249,7 @@ def test_demo_pairs_show_the_same_poses_in_opposite_order(one, other):
     u = np.linspace(0, 1, 11)
     for a, b in zip(data.demo_action(one, u), data.demo_action(other, u)):
         np.testing.assert_allclose(a, b[::-1], atol=1e-9)
-        
+
 
 def test_demo_is_not_written_twice(tmp_path):
     data.make_demo(tmp_path, train=1, test=1)

@@ -1,7 +1,7 @@
 """Eq. 4, 5 and the whole model: weights, aggregation, gradients, padding, the vision encoder."""
 import pytest
 import torch
-from conftest import CLASSES, feature_batch
+from conftest import feature_batch
 
 from model import TINY_VISION, VisionEncoder, aggregate, language_weight
 
