@@ -35,7 +35,7 @@ def one_video(path, video: Video, detections) -> None:
 
 def loss_curves(figure, log: list) -> None:
     """One panel per kind of epoch: every term, mean over the epoch."""
-    panels = figure.subplots(1, 2, sharey=True)
+    panels = figure.subplots(1, 2)
     for panel, kind in zip(panels, ("vision-only", "vision-language")):
         rows = [r for r in log if r["kind"] == kind]
         for term, label in LOSSES.items():

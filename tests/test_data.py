@@ -1,7 +1,9 @@
 """Windows, the feature grid, annotations, video decoding, and the demo (§4.1)."""
+import csv
 import gzip
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -256,3 +258,32 @@ def test_demo_is_not_written_twice(tmp_path):
     (tmp_path / "videos" / "test_000.mp4").unlink()
     data.make_demo(tmp_path, train=1, test=1)
     assert not (tmp_path / "videos" / "test_000.mp4").exists()
+
+
+# ---------------------------------------------------------------- descriptions
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+
+
+def labels_of(dataset):
+    """The label names of an annotation file in ../shared."""
+    if dataset.startswith("epic"):
+        path = SHARED / "epic100" / f"EPIC_100_{dataset.split('_')[1]}_classes.csv"
+        return {row["key"] for row in csv.DictReader(path.open())}
+    file = {"thumos14": "thumos14.json.gz", "activitynet": "anet13_trainval_bsn_subset.json.gz",
+            "utkinect": "utkinect/annotations.json"}[dataset]
+    return {label for video in load_annotations(SHARED / file) for label in video.labels}
+
+
+@pytest.mark.parametrize("dataset, count", [("thumos14", 20), ("activitynet", 200), ("epic_verb", 97),
+                                            ("epic_noun", 300), ("utkinect", 10)])
+def test_descriptions_are_one_line_each_and_all_different(dataset, count):
+    content = data.read_json(Path(data.__file__).parent / "descriptions" / f"{dataset}.json")
+    assert len(content) == count == len(set(content.values()))
+    assert all(text.strip() == text and text and "\n" not in text for text in content.values())
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="../shared/data is absent")
+@pytest.mark.parametrize("dataset", ["thumos14", "activitynet", "epic_verb", "epic_noun", "utkinect"])
+def test_descriptions_have_the_labels_of_the_annotations(dataset):
+    content = data.read_json(Path(data.__file__).parent / "descriptions" / f"{dataset}.json")
+    assert set(content) == labels_of(dataset)
