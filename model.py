@@ -77,8 +77,7 @@ class ActionVLM(nn.Module):
 
     def forward(self, batch, use_language: bool = True) -> Output:
         """batch: data.Batch. Without language the language model is not run at all."""
-        x = batch.inputs if self.vision is None else self.vision(batch.inputs, batch.mask)     # (B, L, V)
-        f_vis = self.normalise(self.project(x))                                                # (B, L, D)
+        f_vis = self.normalise(self.project(self.features(batch)))                             # (B, L, D)
         if not use_language or self.language is None:
             return Output(*self.head(f_vis, f_vis, batch.mask), None, None, None)
         lang = self.language(f_vis, batch.mask, self.answers(batch) if self.training else None)
@@ -90,14 +89,17 @@ class ActionVLM(nn.Module):
         f_loc = aggregate(f_vis, self.normalise(lang.f_lang_loc), lambda_lang)
         return Output(*self.head(f_cls, f_loc, batch.mask), advantage, lambda_lang, lang.text_loss)
 
+    def features(self, batch) -> torch.Tensor:
+        """(B, L, V): what the vision encoder makes of the frames, or the features of the files as they are."""
+        return batch.inputs if self.vision is None else self.vision(batch.inputs, batch.mask)
+
     @torch.no_grad()
     def calibrate(self, batches) -> None:
         """Start the projection at zero mean and unit variance of each of its inputs, as seen in a few batches.
 
         What is constant in the features of an encoder or a file would otherwise dominate F_vis after `normalise`.
         """
-        inputs = [batch.inputs if self.vision is None else self.vision(batch.inputs, batch.mask) for batch in batches]
-        x = torch.cat([x[batch.mask] for x, batch in zip(inputs, batches)]).double()           # (frames, V)
+        x = torch.cat([self.features(batch)[batch.mask] for batch in batches]).double()        # (frames, V)
         scale = 1 / x.std(0, correction=0).clamp(min=1e-6 * float(x.abs().max()) + 1e-12)
         self.project.weight.mul_(scale)
         self.project.bias.copy_(-self.project.weight.double() @ x.mean(0))

@@ -128,8 +128,8 @@ def main(argv=None) -> int:
         if args.resume:
             load_checkpoint(out / "checkpoint.safetensors", run)
         else:
-            first = range(0, len(training), max(1, len(training) // 16))         # 16 videos over the whole set
-            model.calibrate([collate([training[i]], model.multiple).to(args.device) for i in first])
+            some = range(0, len(training), max(1, len(training) // 16))          # 16 videos or a few more
+            model.calibrate(collate([training[i]], model.multiple).to(args.device) for i in some)
         train(run, training, test, out)
         return 0
     except InputError as error:

@@ -1,0 +1,43 @@
+"""benchmark.py: the problems have the sizes they claim, and the table says what was missed."""
+import pytest
+
+import benchmark
+from benchmark import Row
+
+
+def test_table_and_exit_code(monkeypatch, capsys):
+    rows = [Row("quick thing", lambda: lambda: None, "1 s (theirs)", 60.0),
+            Row("free thing", lambda: lambda: None, "-", float("inf"))]
+    monkeypatch.setitem(benchmark.BENCHMARKS, "detector", (rows, "Notes."))
+    assert benchmark.main(["detector"]) == 0
+    out = capsys.readouterr().out
+    assert "| quick thing | 0 ms | 1 s (theirs) | 60.00 s |" in out and "| free thing | 0 ms | - | - |" in out
+    assert "threads" in out.splitlines()[0]
+    monkeypatch.setitem(benchmark.BENCHMARKS, "detector", ([rows[0]._replace(limit=0.0)], ""))
+    assert benchmark.main(["detector"]) == 1 and "(missed)" in capsys.readouterr().out
+    assert benchmark.main(["detector", "--only", "nothing"]) == 2 and "quick thing" in capsys.readouterr().err
+
+
+def test_metric_problem_has_its_size():
+    run = benchmark.metric_problem(videos=6, classes=3, segments=20, per_video=50, thresholds=[0.3, 0.5])
+    ground_truth, predictions, _ = run.args
+    assert len(ground_truth) == 6 and sum(len(v["labels"]) for v in ground_truth.values()) == 20
+    assert all(len(p["labels"]) == len(p["segments"]) == len(p["scores"]) == 50 for p in predictions.values())
+    assert all((p["segments"][:, 1] >= p["segments"][:, 0]).all() for p in predictions.values())
+    assert 0 < run()["average"] < 1
+
+
+@pytest.mark.parametrize("uniform", [False, True])
+def test_nms_problem_has_its_size(uniform):
+    run = benchmark.nms_problem(uniform, classes=3, per_class=100, max_per_video=20)
+    segments, scores, labels = run.args
+    assert len(segments) == len(scores) == 300 and labels.bincount().tolist() == [100] * 3
+    assert (segments[:, 1] > segments[:, 0]).all() and scores.min() >= 0.0 and scores.max() <= 1
+    kept = len(run()[0])
+    assert kept == 20 if not uniform else 20 < kept < 300
+
+
+def test_head_inputs_are_of_the_size_of_actionformer():
+    head, features, mask, segments, labels = benchmark.head_inputs(batch=2, length=128, dim=2048)
+    assert sum(p.numel() for p in head.parameters()) == 29_251_612      # golden/model/thumos_i3d_params.json
+    assert features.shape == (2, 128, 2048) and mask.all() and len(segments) == len(labels) == 2
