@@ -53,7 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
     model("--checkpoint", metavar="DIR", help="folder (or checkpoint.safetensors) that train.py wrote: its test table")
     model("--video", metavar="FILE", help="find the actions in this video or .npy feature file instead")
     model("--fps", type=float, default=0.0, help="frames per second behind a feature file given as --video")
-    model("--min-score", type=float, default=0.2, help="lowest score that --video prints (%(default)s)")
+    model("--min-score", type=float, default=0.3, help="lowest score that --video prints and draws (%(default)s)")
     model("--out", metavar="DIR", help="where result.json and pictures go (default: the checkpoint's folder)")
     model("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
     files = parser.add_argument_group("a result file").add_argument
@@ -133,7 +133,7 @@ def find_in_video(args) -> None:
     for (start, end), label, score in zip(found["segments"], found["labels"], found["scores"]):
         if score >= args.min_score:
             print(f"{start:8.2f} - {end:7.2f} s  {label}  {score:.3f}")
-    figures.one_video(out / f"{video.name}.png", video, results)
+    figures.one_video(out / f"{video.name}.png", video, results, args.min_score)
     print(f"wrote {out / f'{video.name}.png'}")
 
 

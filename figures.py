@@ -25,10 +25,10 @@ def report(path, log: list, videos: list, detections, clips: int = 2) -> None:
     plt.close(figure)
 
 
-def one_video(path, video: Video, detections) -> None:
+def one_video(path, video: Video, detections, min_score: float) -> None:
     """The timeline of one video as a picture of its own."""
     figure = plt.figure(figsize=(13, 4.2), layout="constrained")
-    timeline(figure, video, detections)
+    timeline(figure, video, detections, min_score)
     figure.savefig(path, dpi=90)
     plt.close(figure)
 
