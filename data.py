@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import Dataset
 
+VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov")
+
 # One plain dict of train.py's flags per data set; a flag on the command line wins.
 PRESETS = {
     "custom": {},
@@ -340,7 +342,7 @@ def load_descriptions(path, classes: list) -> dict:
     return {c: content[c] for c in classes}
 
 
-def find_files(videos: list, folder, suffixes=(".mp4", ".mkv", ".webm", ".avi", ".mov")) -> list:
+def find_files(videos: list, folder, suffixes=VIDEO_SUFFIXES) -> list:
     """Videos with `path` set to `folder/name + suffix`; a missing file is an error that names it."""
     folder = Path(folder)
     if not folder.is_dir():

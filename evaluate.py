@@ -105,11 +105,8 @@ def score_checkpoint(args) -> None:
     from train import load_data
     model, trained, out = open_checkpoint(args)
     test = load_data(trained)[1]
-    results = detect(model, test, trained.batch_size, trained.nms_sigma)
     tiou = args.tiou or trained.tiou
-    result = mean_average_precision(to_ground_truth(test.videos), results.predictions, tiou)
-    write_result(out / "result.json", results.predictions)
-    print(format_table(result, tiou))
+    _, result = score_test_set(model, test, trained, tiou, out)
     write_figures(args.json, trained.test_subset, tiou, result)
 
 
@@ -162,6 +159,18 @@ def write_figures(path, subset: str, tiou: list, result: dict) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ detection
+def score_test_set(model, test, trained, tiou: list, out: Path):
+    """Detect on a test set by the flags `trained`, write out/result.json, print the table.
+
+    Returns (Detections, what `mean_average_precision` returns).
+    """
+    results = detect(model, test, trained.batch_size, trained.nms_sigma)
+    result = mean_average_precision(to_ground_truth(test.videos), results.predictions, tiou)
+    write_result(out / "result.json", results.predictions)
+    print(format_table(result, tiou))
+    return results, result
+
+
 class Detections(NamedTuple):
     """What `detect` returns, per video name; times in seconds."""
     predictions: dict   # {video: {"segments": (M, 2), "labels": [str], "scores": (M,)}}, best first
@@ -170,8 +179,7 @@ class Detections(NamedTuple):
 
 
 @torch.no_grad()
-def detect(model, dataset, batch_size: int = 1, nms_sigma: float = 0.5, voting: float = 0.0,
-           use_language: bool = True) -> Detections:
+def detect(model, dataset, batch_size: int = 1, nms_sigma: float = 0.5) -> Detections:
     """Run the model over the sliding windows of a test set: merge the windows of each video, then soft-NMS.
 
     model: ActionVLM. dataset: TALDataset with training=False. Segments are clamped to [0, duration].
@@ -181,7 +189,7 @@ def detect(model, dataset, batch_size: int = 1, nms_sigma: float = 0.5, voting: 
     found, steps = {v.name: [] for v in dataset.videos}, {"lambda_lang": {}, "advantage": {}}
     loader = DataLoader(dataset, batch_size, collate_fn=partial(collate, multiple=model.multiple))
     for batch in tqdm(loader, desc="detect", leave=False, dynamic_ncols=True, disable=None):
-        output = model(batch.to(device), use_language)
+        output = model(batch.to(device))
         for b, window in enumerate(batch.windows):
             segments, scores, labels = decode(*([level[b] for level in part] for part in output[:2]), output.points,
                                               [m[b] for m in output.mask])
@@ -191,7 +199,7 @@ def detect(model, dataset, batch_size: int = 1, nms_sigma: float = 0.5, voting: 
     predictions = {}
     for video in dataset.videos:
         segments, scores, labels = nms_per_class(*(torch.cat(part) for part in zip(*found[video.name])),
-                                                 sigma=nms_sigma, voting_threshold=voting)
+                                                 sigma=nms_sigma)
         seconds = grid_to_seconds(segments.numpy().astype(np.float64), video.fps, dataset.stride, dataset.num_frames)
         predictions[video.name] = {"segments": seconds.clip(0, video.duration), "scores": scores.numpy(),
                                    "labels": [classes[i] for i in labels]}

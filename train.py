@@ -26,9 +26,9 @@ from tqdm import tqdm
 
 import figures
 from advantage import advantage_loss, frame_classes, language_advantage
-from data import (PRESETS, InputError, TALDataset, collate, find_files, load_annotations, load_descriptions, make_demo,
-                  open_features, probe, subset_of)
-from evaluate import detect, format_table, mean_average_precision, to_ground_truth, write_result
+from data import (PRESETS, VIDEO_SUFFIXES, InputError, TALDataset, collate, find_files, load_annotations,
+                  load_descriptions, make_demo, open_features, probe, subset_of)
+from evaluate import score_test_set
 from head import detection_loss
 from model import TINY_VISION, ActionVLM, Config
 from vlm import instruction, make_tiny_lm, proposal_text
@@ -152,7 +152,7 @@ def train(run: Run, training: TALDataset, test: TALDataset, out: Path) -> None:
     args, model = run.args, run.model
     loader = make_loader(run, training)
     print(f"{len(training)} training videos, {len(test.videos)} test videos, {len(model.config.classes)} classes")
-    print(describe_parameters(model, args))
+    print(describe_parameters(run))
     started, first = time.time(), run.epoch
     save_checkpoint(out / "checkpoint.safetensors", run)
     for epoch in range(run.epoch, args.epochs):
@@ -162,11 +162,8 @@ def train(run: Run, training: TALDataset, test: TALDataset, out: Path) -> None:
         log_epoch(out, run, "vision-language" if with_language else "vision-only", terms, left)
         save_checkpoint(out / "checkpoint.safetensors", run)
     use_average(run)
-    results = detect(model, test, args.batch_size, args.nms_sigma)
-    metric = mean_average_precision(to_ground_truth(test.videos), results.predictions, args.tiou)
-    write_result(out / "result.json", results.predictions)
+    results, _ = score_test_set(model, test, args, args.tiou, out)
     figures.report(out / "report.png", read_log(out / "log.jsonl"), test.videos, results)
-    print(format_table(metric, args.tiou))
     print(f"{time.time() - started:.0f} s; wrote checkpoint.safetensors, log.jsonl, result.json, report.png to {out}")
 
 
@@ -284,12 +281,12 @@ def load_data(args):
     videos = load_annotations(args.annotations)
     classes = sorted({label for v in videos for label in v.labels})
     descriptions = load_descriptions(args.descriptions, classes)
-    folder, suffixes = (args.videos, ()) if args.videos else (args.features, ((".npy",),))
+    folder, suffixes = (args.videos, VIDEO_SUFFIXES) if args.videos else (args.features, (".npy",))
     common = dict(classes=classes, window=args.window, stride=args.stride, num_frames=args.num_frames,
                   image_size=args.image_size if args.videos else 0, seed=args.seed)
     sets = []
     for subset in (args.train_subset, args.test_subset):
-        chosen = find_files(subset_of(videos, subset, args.annotations), folder, *suffixes)
+        chosen = find_files(subset_of(videos, subset, args.annotations), folder, suffixes)
         sets.append([with_fps(v, args) for v in chosen])
     return (TALDataset(sets[0], training=True, min_overlap=args.min_overlap, resize=args.resize, **common),
             TALDataset(sets[1], **common), descriptions)
@@ -355,14 +352,14 @@ def lr_factor(step: int, steps_per_epoch: int, epochs: int, warmup_epochs: float
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
-def describe_parameters(model, args) -> str:
+def describe_parameters(run: Run) -> str:
     """Trained and frozen parameters by group."""
-    rates = {"head": args.lr, "vision": args.lr_vision, "lm": args.lr_lm}
-    counts = {part: 0 for part in rates}
-    for group in parameter_groups(model, args):
+    counts, rates = {"head": 0, "vision": 0, "lm": 0}, {}
+    for group in run.optimizer.param_groups:
         counts[group["name"]] += sum(p.numel() for p in group["params"])
+        rates[group["name"]] = group["base_lr"]
     trained = ", ".join(f"{part} {count:,} (lr {rates[part]:g})" for part, count in counts.items() if count)
-    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    frozen = sum(p.numel() for p in run.model.parameters() if not p.requires_grad)
     return f"trained parameters: {trained}; frozen: {frozen:,}"
 
 
