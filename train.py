@@ -70,7 +70,7 @@ class Run:
         self.model, self.args, self.steps_per_epoch = model, args, steps_per_epoch
         self.device = torch.device(args.device)
         model.to(self.device)
-        self.optimizer = torch.optim.AdamW(parameter_groups(model, args), betas=(0.9, 0.999))
+        self.optimizer = torch.optim.AdamW(parameter_groups(model, args), betas=(0.9, 0.999), fused=True)
         self.ema = {n: p.detach().clone() for n, p in trained_parameters(model)} if args.ema else {}
         self.epoch, self.global_step, self.terms = 0, 0, []
 
@@ -408,7 +408,7 @@ def load_checkpoint(path, run: Run | None = None):
     for name, parameter in trained_parameters(run.model):
         state = {key: tensors[f"optimizer.{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")
                  if f"optimizer.{key}.{name}" in tensors}
-        run.optimizer.state[parameter] = {k: t if k == "step" else t.to(run.device) for k, t in state.items()}
+        run.optimizer.state[parameter] = {k: t.to(run.device) for k, t in state.items()}
     torch.set_rng_state(tensors["random.cpu"])
     if "random.cuda" in tensors and run.device.type == "cuda":
         torch.cuda.set_rng_state(tensors["random.cuda"])

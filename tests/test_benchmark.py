@@ -1,5 +1,9 @@
 """benchmark.py: the problems have the sizes they claim, and the table says what was missed."""
+import re
+import time
+
 import pytest
+import torch
 
 import benchmark
 from benchmark import Row
@@ -13,9 +17,12 @@ def test_table_and_exit_code(monkeypatch, capsys):
     out = capsys.readouterr().out
     assert "| quick thing | 0 ms | 1 s (theirs) | 60.00 s |" in out and "| free thing | 0 ms | - | - |" in out
     assert "threads" in out.splitlines()[0]
-    monkeypatch.setitem(benchmark.BENCHMARKS, "detector", ([rows[0]._replace(limit=0.0)], ""))
+    monkeypatch.setitem(benchmark.BENCHMARKS, "detector", ([rows[0]._replace(limit=1e-9)], ""))
     assert benchmark.main(["detector"]) == 1 and "(missed)" in capsys.readouterr().out
-    assert benchmark.main(["detector", "--only", "nothing"]) == 2 and "quick thing" in capsys.readouterr().err
+    both = Row("two things", lambda: (lambda: None, lambda: time.sleep(0.05)), "2 s (theirs)")
+    monkeypatch.setitem(benchmark.BENCHMARKS, "detector", ([both], ""))
+    assert benchmark.main(["detector"]) == 0 and re.search(r"2 s \(theirs\); here 5\d ms, ratio 0\.0", capsys.readouterr().out)
+    assert benchmark.main(["detector", "--only", "nothing"]) == 2 and "two things" in capsys.readouterr().err
 
 
 def test_metric_problem_has_its_size():
@@ -41,3 +48,13 @@ def test_head_inputs_are_of_the_size_of_actionformer():
     head, features, mask, segments, labels = benchmark.head_inputs(batch=2, length=128, dim=2048)
     assert sum(p.numel() for p in head.parameters()) == 29_251_612      # golden/model/thumos_i3d_params.json
     assert features.shape == (2, 128, 2048) and mask.all() and len(segments) == len(labels) == 2
+
+
+def test_plain_forward_is_our_head():
+    head, features, mask, _, _ = benchmark.head_inputs(batch=2, length=64, dim=48)
+    head.eval()
+    with torch.no_grad():
+        ours, plain = benchmark.our_forward(head, features, mask), benchmark.plain_forward(head, features, mask)
+    for part in ("cls_logits", "offsets", "points", "mask"):
+        for a, b in zip(getattr(ours, part), getattr(plain, part), strict=True):
+            torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
