@@ -2,6 +2,7 @@
 
     python evaluate.py --checkpoint out                    # the test table of a trained model
     python evaluate.py --checkpoint out --video my.mp4     # the actions in one video, printed and drawn
+    python evaluate.py --checkpoint out --bias             # LAP and mLA: how much it listens to language (§4.3)
     python evaluate.py --ground-truth gt.json --predictions result.json --subset Test --tiou 0.3 0.4 0.5 0.6 0.7
 
 scores the result file of any model. Both files are in ActivityNet format, plain or gzip:
@@ -40,7 +41,9 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import figures
-from data import InputError, TALDataset, Video, collate, grid_to_seconds, open_features, probe, read_json
+from advantage import frame_classes
+from data import (InputError, TALDataset, Video, collate, grid_to_seconds, open_features, probe, read_json,
+                  seconds_to_grid)
 from head import decode, nms_per_class
 
 DUPLICATE_TOLERANCE = 1e-3  # seconds
@@ -52,6 +55,8 @@ def build_parser() -> argparse.ArgumentParser:
     model = parser.add_argument_group("a trained model").add_argument
     model("--checkpoint", metavar="DIR", help="folder (or checkpoint.safetensors) that train.py wrote: its test table")
     model("--video", metavar="FILE", help="find the actions in this video or .npy feature file instead")
+    model("--bias", action="store_true", help="score with unmatched descriptions, too: LAP, and mLA of each class")
+    model("--lm", metavar="DIR", help="where the language model of the training is now, if it was moved")
     model("--fps", type=float, default=0.0, help="frames per second behind a feature file given as --video")
     model("--min-score", type=float, default=0.3, help="lowest score that --video prints and draws (%(default)s)")
     model("--out", metavar="DIR", help="where result.json and pictures go (default: the checkpoint's folder)")
@@ -73,8 +78,11 @@ def get_args(argv=None):
     args = parser.parse_args(argv)
     if bool(args.checkpoint) == bool(args.ground_truth and args.predictions):
         parser.error("expected --checkpoint DIR, or both --ground-truth FILE and --predictions FILE")
-    if args.video and not args.checkpoint:
-        parser.error("--video: expected --checkpoint DIR with it")
+    for flag in ("video", "bias", "lm"):
+        if getattr(args, flag) and not args.checkpoint:
+            parser.error(f"--{flag}: expected --checkpoint DIR with it")
+    if args.video and args.bias:
+        parser.error("--bias scores the test set: leave out --video")
     return args
 
 
@@ -82,7 +90,8 @@ def main(argv=None) -> int:
     """Returns the exit code: 0, or 2 for a mistake in the flags or files."""
     args = get_args(argv)
     try:
-        (score_files if args.predictions else find_in_video if args.video else score_checkpoint)(args)
+        (score_files if args.predictions else find_in_video if args.video else score_bias if args.bias
+         else score_checkpoint)(args)
     except (InputError, OSError) as error:
         print(f"evaluate.py: error: {error}", file=sys.stderr)
         return 2
@@ -94,7 +103,7 @@ def open_checkpoint(args):
     from train import load_checkpoint
     path = Path(args.checkpoint)
     path = path / "checkpoint.safetensors" if path.is_dir() else path
-    model, trained = load_checkpoint(path)
+    model, trained = load_checkpoint(path, lm=args.lm)
     out = Path(args.out or path.parent)
     out.mkdir(parents=True, exist_ok=True)
     return model.to(args.device), trained, out
@@ -108,6 +117,25 @@ def score_checkpoint(args) -> None:
     tiou = args.tiou or trained.tiou
     _, result = score_test_set(model, test, trained, tiou, out)
     write_figures(args.json, trained.test_subset, tiou, result)
+
+
+def score_bias(args) -> None:
+    """Prints how much a checkpoint depends on language: LAP, and the language advantage of each class (mLA)."""
+    from train import load_data
+    model, trained, out = open_checkpoint(args)
+    if model.language is None:
+        raise InputError(f"--bias: expected a model with language, found {args.checkpoint}, trained with --lambda-lang 0")
+    test, tiou = load_data(trained)[1], args.tiou or trained.tiou
+    matched, result = score_test_set(model, test, trained, tiou, out)
+    model.language.set_descriptions(unmatched_descriptions(model.config.descriptions))
+    unmatched = mean_average_precision(to_ground_truth(test.videos),
+                                       detect(model, test, trained.batch_size, trained.nms_sigma).predictions, tiou)
+    lap = language_advantage_on_performance(result["average"], unmatched["average"])
+    print(f"\naverage mAP {100 * result['average']:.2f} %, with unmatched descriptions "
+          f"{100 * unmatched['average']:.2f} %: LAP {100 * lap:.2f} %")
+    mla = {name: mean_language_advantage(matched.advantage, test, [name]) for name in ("all", *result["classes"])}
+    print("mLA: " + ", ".join(f"{name} {value:.4f}" for name, value in mla.items()))
+    write_figures(args.json, trained.test_subset, tiou, result | {"LAP": lap, "mLA": mla})
 
 
 def find_in_video(args) -> None:
@@ -155,6 +183,7 @@ def write_figures(path, subset: str, tiou: list, result: dict) -> None:
     if path:
         content = {"subset": subset, "tiou": tiou, "mAP": result["mAP"].tolist(), "average": result["average"],
                    "AP": dict(zip(result["classes"], result["AP"].T.tolist()))}
+        content |= {name: result[name] for name in ("LAP", "mLA") if name in result}
         Path(path).write_text(json.dumps(content, indent=1) + "\n")
 
 
@@ -227,6 +256,40 @@ def write_result(path, predictions: dict) -> None:
 def to_ground_truth(videos) -> dict:
     """data.Video list -> what `mean_average_precision` takes."""
     return {v.name: {"segments": v.segments, "labels": v.labels} for v in videos}
+
+
+# ------------------------------------------------------------------------------------------------ modality bias
+def unmatched_descriptions(descriptions: dict) -> dict:
+    """Every label with the description of another one: shifted by half of the list, always the same derangement."""
+    labels, texts = list(descriptions), list(descriptions.values())
+    shift = len(labels) // 2
+    return dict(zip(labels, texts[shift:] + texts[:shift]))
+
+
+def language_advantage_on_performance(matched: float, unmatched: float) -> float:
+    """LAP (§4.3): the relative drop of the average mAP with unmatched descriptions; 0 where there is nothing to lose.
+
+    matched, unmatched: average mAP with the right and with exchanged descriptions. Small means that vision is in charge.
+    """
+    return (matched - unmatched) / matched if matched else 0.0
+
+
+def mean_language_advantage(advantage: dict, dataset, labels: list) -> float:
+    """mLA (Table 3): mean of the predicted language advantage over the steps whose class is one of `labels`.
+
+    advantage: {video: (T,)} of `detect`; dataset: the TALDataset it ran on; labels: class names, or ["all"].
+    The class of a step is that of the shortest action that contains it (as in Eq. 1); NaN without such a step.
+    """
+    values = [np.zeros(0)]
+    for video in dataset.videos:
+        series = advantage[video.name]
+        grid = seconds_to_grid(video.segments, video.fps, dataset.stride, dataset.num_frames)
+        index = torch.tensor([dataset.classes[label] for label in video.labels], dtype=torch.long)
+        here = frame_classes([torch.tensor(grid).reshape(-1, 2)], [index], len(series), len(dataset.classes))[0].numpy()
+        chosen = [i for name, i in dataset.classes.items() if name in labels or labels == ["all"]]
+        values.append(series[np.isin(here, chosen)])
+    values = np.concatenate(values)
+    return float(values.mean()) if len(values) else math.nan
 
 
 # ------------------------------------------------------------------------------------------------ metric

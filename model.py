@@ -29,6 +29,7 @@ class Config:
     vision: dict = field(default_factory=dict)   # fields of transformers' VideoMAEConfig
     lora_rank: int = 128
     lora_alpha: int = 256
+    lm_dtype: str = "float32"           # or "bfloat16": of the frozen language model
     layout: str = "frames-first"        # or "text-first", see vlm.py
     lambda_lang: float | None = None    # None: predicted (Eq. 4); a number: fixed (Table 4); 0: vision only
     width: int = 512                    # of the detection head
@@ -64,7 +65,7 @@ class ActionVLM(nn.Module):
         self.language = None
         if config.lambda_lang != 0:
             self.language = LanguageModel(config.lm, config.descriptions, config.lora_rank, config.lora_alpha,
-                                          config.layout)
+                                          config.layout, config.lm_dtype)
         self.predict_advantage = AdvantagePredictor(D)
         self.head = DetectionHead(D, C, config.width, config.levels, window=config.head_window,
                                   prior=config.prior)
@@ -92,6 +93,12 @@ class ActionVLM(nn.Module):
     def features(self, batch) -> torch.Tensor:
         """(B, L, V): what the vision encoder makes of the frames, or the features of the files as they are."""
         return batch.inputs if self.vision is None else self.vision(batch.inputs, batch.mask)
+
+    def checkpointing(self) -> None:
+        """From now on compute activations of encoder and language model again in the backward pass."""
+        for part in (self.vision, self.language):
+            if part is not None:
+                part.checkpointing()
 
     @torch.no_grad()
     def calibrate(self, batches) -> None:
@@ -140,6 +147,9 @@ class VisionEncoder(nn.Module):
         self.videomae = VideoMAEModel(VideoMAEConfig(**config, use_mean_pooling=True))   # no norm over tokens
         self.dim = self.videomae.config.hidden_size
         self.clip, self.tubelet = self.videomae.config.num_frames, self.videomae.config.tubelet_size
+
+    def checkpointing(self) -> None:
+        pass
 
     def forward(self, frames: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """frames (B, L, 3, H, W) uint8, mask (B, L) bool -> (B, L, V); L is a multiple of the clip length."""

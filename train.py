@@ -3,6 +3,7 @@
     python train.py                                 # the demo: renders videos, trains, evaluates; minutes on a CPU
     python train.py --dataset custom --features DIR --annotations FILE --descriptions FILE
     python train.py --dataset custom --videos DIR --annotations FILE --descriptions FILE
+    python train.py ... --dry-run                   # load everything, say what was found, run one batch, write nothing
     python train.py ... --resume                    # go on from the checkpoint in --out
 
 Writes into --out: checkpoint.safetensors, log.jsonl, result.json (ActivityNet format), report.png.
@@ -13,6 +14,7 @@ import math
 import os
 import sys
 import time
+from copy import copy
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -31,7 +33,8 @@ from data import (PRESETS, VIDEO_SUFFIXES, InputError, TALDataset, collate, find
 from evaluate import score_test_set
 from head import detection_loss
 from model import TINY_VISION, ActionVLM, Config
-from vlm import instruction, make_tiny_lm, proposal_text
+from vlm import instruction, language_config, make_tiny_lm, proposal_text
+from weights import vision_config
 
 
 def vision_only_epoch(run, loader) -> dict:
@@ -124,13 +127,19 @@ def main(argv=None) -> int:
         open_folder(out, args)
         training, test, descriptions = load_data(args)
         model = ActionVLM(load_config(args, training, descriptions))
+        if model.vision is not None and args.vision != "tiny" and not args.resume:
+            model.vision.load(args.vision)
+        if model.language is not None:
+            model.language.check_length(args.window)
+        if args.grad_checkpoint == "on":
+            model.checkpointing()
         run = Run(model, args, steps_per_epoch=math.ceil(len(training) / args.batch_size))
         if args.resume:
             load_checkpoint(out / "checkpoint.safetensors", run)
         else:
             some = range(0, len(training), max(1, len(training) // 16))          # 16 videos or a few more
             model.calibrate(collate([training[i]], model.multiple).to(args.device) for i in some)
-        train(run, training, test, out)
+        (dry_run if args.dry_run else train)(run, training, test, out)
         return 0
     except InputError as error:
         print(f"train.py: error: {error}", file=sys.stderr)
@@ -139,7 +148,7 @@ def main(argv=None) -> int:
 
 def open_folder(out: Path, args) -> None:
     """Make --out ready: a new run needs a folder without another run's files, or --overwrite."""
-    if not args.resume and (out / "log.jsonl").exists():
+    if not (args.resume or args.dry_run) and (out / "log.jsonl").exists():
         if not args.overwrite:
             raise InputError(f"--out {out}: expected a folder without a run, found log.jsonl; go on with --resume, "
                              f"start over with --overwrite, or name another folder")
@@ -151,8 +160,7 @@ def train(run: Run, training: TALDataset, test: TALDataset, out: Path) -> None:
     """Algorithm 1 over all epochs, then the evaluation."""
     args, model = run.args, run.model
     loader = make_loader(run, training)
-    print(f"{len(training)} training videos, {len(test.videos)} test videos, {len(model.config.classes)} classes")
-    print(describe_parameters(run))
+    describe(run, training, test)
     started, first = time.time(), run.epoch
     save_checkpoint(out / "checkpoint.safetensors", run)
     for epoch in range(run.epoch, args.epochs):
@@ -165,6 +173,22 @@ def train(run: Run, training: TALDataset, test: TALDataset, out: Path) -> None:
     results, _ = score_test_set(model, test, args, args.tiou, out)
     figures.report(out / "report.png", read_log(out / "log.jsonl"), test.videos, results)
     print(f"{time.time() - started:.0f} s; wrote checkpoint.safetensors, log.jsonl, result.json, report.png to {out}")
+
+
+def dry_run(run: Run, training: TALDataset, test: TALDataset, out: Path) -> None:
+    """What was found, how large it is, and one training step with everything; leaves no checkpoint and no log."""
+    describe(run, training, test)
+    language, L = run.model.language, run.args.window
+    if language is not None:
+        print(f"tokens of a window: {4 * L} for {L} frames + {len(language.prompt_ids)} for the prompt = "
+              f"{language.sequence_length(L)}, then the answer")
+    print(f"memory, about: {estimate_memory(run)}")
+    few = copy(training)
+    few.items = few.items[:run.args.batch_size]
+    terms = (vision_language_epoch if language else vision_only_epoch)(run, make_loader(run, few))
+    print("one step: " + "  ".join(f"{k} {v:.4f}" for k, v in terms.items()))
+    if run.device.type == "cuda":
+        print(f"peak memory of it on the GPU: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
 
 
 def log_epoch(out: Path, run: Run, kind: str, terms: dict, seconds_left: float) -> None:
@@ -191,6 +215,7 @@ def get_args(argv=None) -> argparse.Namespace:
 
 def build_parser() -> argparse.ArgumentParser:
     """Every flag with its unit; the defaults are the paper's THUMOS14 recipe, end to end."""
+    gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     group = parser.add_argument_group("data").add_argument
     group("--dataset", choices=sorted(PRESETS), default="demo", help="preset of flags (data.PRESETS)")
@@ -209,7 +234,11 @@ def build_parser() -> argparse.ArgumentParser:
     group("--resize", type=int, default=182, help="short side before the training crop, pixels")
     group("--workers", type=int, default=0, help="processes that read data (0 = the main one)")
     group = parser.add_argument_group("model").add_argument
-    group("--lm", default="tiny", help="folder or name of a causal language model (tiny = a small random one)")
+    group("--vision", default="tiny", help="VideoMAE .pth file or folder, or InternViT folder (tiny = a small random one)")
+    group("--lm", default="tiny", help="folder or name of a causal language model, or of InternVL3 (tiny = a small random "
+                                       "one)")
+    group("--lm-dtype", choices=["float32", "bfloat16"], default="bfloat16" if gpu else "float32",
+          help="of the frozen language model and its arithmetic (default: bfloat16 on a GPU)")
     group("--lora-rank", type=int, default=128, help="rank of the LoRA matrices")
     group("--lora-alpha", type=float, default=256, help="LoRA scale times rank")
     group("--layout", choices=["frames-first", "text-first"], default="frames-first", help="token order, see vlm.py")
@@ -240,7 +269,10 @@ def build_parser() -> argparse.ArgumentParser:
     group("--tiou", type=float, nargs="+", default=[0.3, 0.4, 0.5, 0.6, 0.7], help="tIoU thresholds of the evaluation")
     group("--nms-sigma", type=float, default=0.5, help="sigma of soft-NMS")
     group("--seed", type=int, default=0, help="seed of weights, order and augmentation")
-    group("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
+    group("--device", default="cuda" if gpu else "cpu", help="cuda or cpu")
+    group("--grad-checkpoint", choices=["on", "off"], default="on" if gpu else "off",
+          help="compute activations of encoder and language model again in the backward pass: less memory, more time")
+    group("--dry-run", action="store_true", help="load everything, say what was found, run one batch, train nothing")
     return parser
 
 
@@ -302,20 +334,17 @@ def with_fps(video, args):
 
 def load_config(args, training: TALDataset, descriptions: dict) -> Config:
     """The model's Config from flags and data; writes the tiny language model if that is asked for."""
-    from transformers import AutoConfig
     lm = args.lm
     if lm == "tiny":
         lm = str(Path(args.out) / "tiny-lm")
         answers = [proposal_text(v.segments.tolist(), v.labels) for v in training.videos]
         make_tiny_lm(lm, [instruction(descriptions), *answers])
-    try:
-        dim = AutoConfig.from_pretrained(lm).hidden_size
-    except (OSError, ValueError, AttributeError) as error:
-        raise InputError(f"--lm {lm}: expected a folder of a causal language model, found: {error}") from error
+    vision = {} if args.features else dict(TINY_VISION, image_size=args.image_size) if args.vision == "tiny" else \
+        vision_config(args.vision, args.image_size)
     return Config(
-        descriptions=descriptions, lm=lm, dim=dim, lora_rank=args.lora_rank, lora_alpha=args.lora_alpha,
+        descriptions=descriptions, lm=lm, dim=language_config(lm).hidden_size, lm_dtype=args.lm_dtype,
+        lora_rank=args.lora_rank, lora_alpha=args.lora_alpha, layout=args.layout, vision=vision,
         feature_dim=open_features(training.videos[0].path).shape[1] if args.features else 0,
-        vision={} if args.features else dict(TINY_VISION, image_size=args.image_size), layout=args.layout,
         lambda_lang=None if args.lambda_lang == "learned" else args.lambda_lang,
         width=args.width, levels=args.levels, head_window=args.head_window, prior=args.prior)
 
@@ -352,15 +381,39 @@ def lr_factor(step: int, steps_per_epoch: int, epochs: int, warmup_epochs: float
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
-def describe_parameters(run: Run) -> str:
-    """Trained and frozen parameters by group."""
+def describe(run: Run, training: TALDataset, test: TALDataset) -> None:
+    """Print what was found: videos, segments, classes; parameters, trained by group, and frozen."""
+    for name, data in (("training", training), ("test", test)):
+        print(f"{name}: {len(data.videos)} videos, {sum(len(v.labels) for v in data.videos)} segments, "
+              f"{sum(v.duration for v in data.videos) / 3600:.2f} h, {len(data)} windows")
     counts, rates = {"head": 0, "vision": 0, "lm": 0}, {}
     for group in run.optimizer.param_groups:
         counts[group["name"]] += sum(p.numel() for p in group["params"])
         rates[group["name"]] = group["base_lr"]
     trained = ", ".join(f"{part} {count:,} (lr {rates[part]:g})" for part, count in counts.items() if count)
     frozen = sum(p.numel() for p in run.model.parameters() if not p.requires_grad)
-    return f"trained parameters: {trained}; frozen: {frozen:,}"
+    print(f"{len(run.model.config.classes)} classes; trained parameters: {trained}; frozen: {frozen:,}")
+
+
+def estimate_memory(run: Run) -> str:
+    """Gigabytes of a training step: frozen weights; trained ones with gradient, AdamW's two moments and average;
+    activations, about 10 D + 3 F numbers a token and layer, with checkpointing D and one layer in full."""
+    model, args = run.model, run.args
+    frozen = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
+    trained = sum(p.numel() * p.element_size() for _, p in trained_parameters(model)) * (5 if args.ema else 4)
+
+    def activations(config, tokens, size):
+        D, full = config.hidden_size, 10 * config.hidden_size + 3 * config.intermediate_size
+        return args.batch_size * tokens * size * (D * config.num_hidden_layers + full if args.grad_checkpoint == "on"
+                                                  else full * config.num_hidden_layers)
+    passed = 0
+    if model.vision is not None:
+        passed += activations(model.vision.videomae.config, args.window * 8, 4)
+    if model.language is not None:
+        passed += activations(model.language.lm.config, model.language.sequence_length(args.window),
+                              model.language.lm.dtype.itemsize)
+    return (f"frozen weights {frozen / 2**30:.2f} GiB, trained weights with optimizer {trained / 2**30:.2f} GiB, "
+            f"activations of encoder and language model {passed / 2**30:.2f} GiB; the head's come on top")
 
 
 # ------------------------------------------------------------------------------------------------ checkpoints
@@ -383,19 +436,21 @@ def save_checkpoint(path: Path, run: Run) -> None:
     os.replace(partial, path)
 
 
-def load_checkpoint(path, run: Run | None = None):
+def load_checkpoint(path, run: Run | None = None, lm: str | None = None):
     """Read a checkpoint. With a run: restore all of its state, so that it goes on as if it had never stopped.
-    Without one: build the model and return (model with the averaged weights, flags of its training)."""
+    Without one: build the model and return (model with the averaged weights, flags of its training). The frozen
+    language model is read from where it was, from beside the checkpoint, or from `lm`."""
     header, tensors = read_checkpoint(path)
     config, args = Config(**json.loads(header["config"])), argparse.Namespace(**json.loads(header["args"]))
     if run is None:
+        config.lm = lm or config.lm
         if not Path(config.lm).exists() and (Path(path).parent / Path(config.lm).name).exists():
             config.lm = str(Path(path).parent / Path(config.lm).name)            # the run's folder was moved
         try:
             model = ActionVLM(config)
-        except OSError as error:
-            raise InputError(f"{path}: expected the language model of its training, found none at {config.lm}; "
-                             f"put it there") from error
+        except InputError as error:
+            raise InputError(f"{path}: needs the language model of its training: {error}; say where it is by "
+                             f"evaluate.py --lm") from error
         restore(model, path, part(tensors, "model") | part(tensors, "ema"))
         return model, args
     if asdict(run.model.config) != asdict(config):

@@ -18,7 +18,10 @@ import torch
 import torch.nn.functional as F
 import transformers
 from einops import rearrange, repeat
+from safetensors import SafetensorError
 from torch import nn
+
+from data import InputError
 
 transformers.logging.disable_progress_bar()
 SPECIAL_TOKENS = ("[cls]", "[loc]", "[adv]")
@@ -79,18 +82,18 @@ def prefix_lm_mask(valid: torch.Tensor, prefix: int) -> torch.Tensor:
 class LanguageModel(nn.Module):
     """M_lang: a causal language model of transformers with LoRA (peft), frozen otherwise, and three special tokens.
 
-    folder: a model folder (config.json, weights, tokenizer), or a name that transformers resolves.
+    folder: what `load_language_model` takes.
     descriptions: {label: sentence}, in class order.
     layout: "frames-first" (the paper's order) or "text-first" (the module's docstring).
+    dtype: "float32", or "bfloat16": of the frozen weights and the arithmetic; what is trained stays float32.
     """
 
-    def __init__(self, folder, descriptions: dict, lora_rank=128, lora_alpha=256, layout="frames-first"):
+    def __init__(self, folder, descriptions: dict, lora_rank=128, lora_alpha=256, layout="frames-first",
+                 dtype="float32"):
         super().__init__()
         from peft import LoraConfig, get_peft_model
-        from transformers import AutoModelForCausalLM, AutoTokenizer
         self.layout, self.classes = layout, list(descriptions)
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
+        base, self.tokenizer = load_language_model(folder, getattr(torch, dtype))
         with warnings.catch_warnings():                  # peft asks transformers by an old name
             warnings.simplefilter("ignore", FutureWarning)
             self.lm = get_peft_model(base, LoraConfig(r=lora_rank, lora_alpha=lora_alpha, target_modules="all-linear"))
@@ -118,15 +121,38 @@ class LanguageModel(nn.Module):
         tokens, valid = zip(*first, (self.embed(answer_ids), answer_valid))
         tokens, valid = torch.cat(tokens, 1), torch.cat(valid, 1)                   # (B, N, D), (B, N)
         prefix = 4 * L + prompt.size(1)
-        hidden = self.lm.get_base_model().model(
-            inputs_embeds=tokens.to(self.lm.dtype),
-            attention_mask=prefix_lm_mask(valid, prefix if self.layout == "frames-first" else 0),
-            position_ids=(valid.cumsum(1) - 1).clamp(min=0), use_cache=False).last_hidden_state
+        with self.autocast(mask.device):
+            hidden = self.lm.get_base_model().model(
+                inputs_embeds=tokens.to(self.lm.dtype),
+                attention_mask=prefix_lm_mask(valid, prefix if self.layout == "frames-first" else 0),
+                position_ids=(valid.cumsum(1) - 1).clamp(min=0), use_cache=False).last_hidden_state
         begin = prompt.size(1) if self.layout == "text-first" else 0
         _, f_lang_cls, f_lang_loc, f_adv = rearrange(
             hidden[:, begin:begin + 4 * L].float(), "b (l four) d -> four b l d", four=4)
         text_loss = None if answers is None else self.text_loss(hidden[:, prefix:], targets)
         return LanguageFeatures(f_lang_cls, f_lang_loc, f_adv, text_loss)
+
+    def autocast(self, device):
+        """Arithmetic in bfloat16 if that is the dtype of the frozen weights; LoRA's float32 weights are cast there."""
+        return torch.autocast(device.type, torch.bfloat16, enabled=self.lm.dtype == torch.bfloat16)
+
+    def checkpointing(self) -> None:
+        """From now on compute activations again in the backward pass instead of keeping them; the results are the same."""
+        base = self.lm.get_base_model()
+        # The first name is that of newer versions of transformers.
+        getattr(base, "activation_checkpointing_enable", base.gradient_checkpointing_enable)({"use_reentrant": False})
+
+    def sequence_length(self, L: int) -> int:
+        """Tokens of a window of L frames with the prompt, without the answer: 4L + T."""
+        return 4 * L + len(self.prompt_ids)
+
+    def check_length(self, L: int) -> None:
+        """Raises InputError where a window of L frames, the descriptions and an answer are too long for the model."""
+        limit, answer = self.lm.config.max_position_embeddings, 256
+        if self.sequence_length(L) + answer > limit:
+            raise InputError(f"descriptions: a window of {L} frames takes {4 * L} tokens, the {len(self.classes)} "
+                             f"descriptions {len(self.prompt_ids)} and an answer up to {answer}; expected at most {limit}, "
+                             f"what the language model has positions for. Shorten the sentences, or lower --window")
 
     def frame_tokens(self, f_vis, mask):
         """v_l [cls] [loc] [adv] for every frame, v_l on the scale of the model's own embeddings: (B, 4L, D)."""
@@ -155,12 +181,58 @@ class LanguageModel(nn.Module):
     def text_loss(self, hidden, targets):
         """Eq. 8: cross-entropy of the answer; logits only where there is a target. hidden (B, A, D), targets (B, A)."""
         here = targets != -100
-        logits = self.lm.get_base_model().lm_head(hidden[here])                     # (answer tokens, vocabulary)
+        with self.autocast(hidden.device):
+            logits = self.lm.get_base_model().lm_head(hidden[here])                 # (answer tokens, vocabulary)
         return F.cross_entropy(logits.float(), targets[here])                       # Eq. 8
 
     def embed(self, ids):
         """Token ids -> frozen embeddings."""
         return self.lm.get_input_embeddings()(ids)
+
+
+def language_config(folder):
+    """The transformers configuration of the causal language model in a folder (or of a name on the Hugging Face hub);
+    of an InternVL folder, of the language model in it. Raises InputError."""
+    try:
+        content = transformers.PretrainedConfig.get_config_dict(folder)[0]
+        inner = content.get("text_config") or content.get("llm_config") or content       # InternVL: native, original
+        config = transformers.AutoConfig.for_model(**inner)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        found = "" if Path(folder).is_dir() else "no such folder, and as a name: "
+        raise InputError(f"--lm {folder}: expected the folder or name of a causal language model that transformers knows, "
+                         f"with config.json, weights and tokenizer, found: {found}{str(error).splitlines()[0]}") from error
+    if not hasattr(config, "hidden_size"):
+        raise InputError(f"--lm {folder}: expected a causal language model, found model_type {config.model_type}")
+    return config
+
+
+def load_language_model(folder, dtype: torch.dtype):
+    """(causal language model, tokenizer) of a folder, or of a name on the hub. Code of the folder is never run.
+
+    Of InternVL3 the language model alone is read, from the native layout (language_model.model.*) or the original one.
+    Raises InputError where a tensor is missing or does not fit, naming it.
+    """
+    config = language_config(folder)
+    inner = {r"^(model\.)?language_model\.(model\.)?(?!lm_head)": "model.", r"^language_model\.lm_head": "lm_head"}
+    level = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()           # it would list the tensors of InternVL's vision encoder
+    try:
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, config=config, dtype=dtype, attn_implementation="sdpa", key_mapping=inner, output_loading_info=True,
+            trust_remote_code=False)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        raise InputError(f"--lm {folder}: expected weights and tokenizer of a {config.model_type} language model, "
+                         f"found: {str(error).splitlines()[0]}") from error
+    finally:
+        transformers.logging.set_verbosity(level)
+    missing = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
+    if missing == {"lm_head.weight"}:                    # a file without it can only mean tied embeddings
+        model.lm_head.weight, missing = model.get_input_embeddings().weight, set()
+    if missing:
+        raise InputError(f"--lm {folder}: expected all weights of a {config.model_type} language model, missing or of "
+                         f"another shape are {len(missing)}, among them {sorted(missing)[:3]}")
+    return model, tokenizer
 
 
 def make_tiny_lm(folder, texts: list, dim=128, layers=2, seed=0) -> None:

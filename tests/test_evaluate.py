@@ -4,12 +4,14 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 import evaluate
+from data import Video
 from evaluate import average_precision, load_ground_truth, load_predictions, mean_average_precision, temporal_iou
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -337,3 +339,27 @@ def test_command_on_published_detections(tmp_path, name, expected):
     assert done.returncode == 0, done.stderr
     avx512 = {"X86_V4", "AVX512_SKX"} & set(np.show_config(mode="dicts")["SIMD Extensions"].get("found", []))
     assert_close(json.loads((tmp_path / "scores.json").read_text())["mAP"], expected, 1e-6 if avx512 else 5e-3)
+
+
+# ------------------------------------------------------------------------------------------- modality bias
+def test_lap_is_the_relative_drop():
+    assert evaluate.language_advantage_on_performance(0.72, 0.7) == pytest.approx(0.02 / 0.72)
+    assert evaluate.language_advantage_on_performance(0.5, 0.5) == evaluate.language_advantage_on_performance(0, 0) == 0
+
+
+@pytest.mark.parametrize("n", [2, 3, 6, 7])
+def test_unmatched_descriptions_are_a_derangement(n):
+    descriptions = {f"label {i}": f"sentence {i}" for i in range(n)}
+    unmatched = evaluate.unmatched_descriptions(descriptions)
+    assert list(unmatched) == list(descriptions) and sorted(unmatched.values()) == sorted(descriptions.values())
+    assert all(unmatched[label] != descriptions[label] for label in descriptions)
+
+
+def test_mla_by_hand():
+    video = Video("v", 10.0, 1.0, segments=np.array([[1.0, 6.0], [2.0, 3.0]]), labels=["a", "b"])
+    dataset = SimpleNamespace(videos=[video], stride=1, num_frames=0, classes={"a": 0, "b": 1, "c": 2})
+    series = {"v": np.arange(10.0)}
+    assert evaluate.mean_language_advantage(series, dataset, ["a"]) == np.mean([1, 4, 5, 6])
+    assert evaluate.mean_language_advantage(series, dataset, ["b"]) == 2.5
+    assert evaluate.mean_language_advantage(series, dataset, ["all"]) == 3.5
+    assert np.isnan(evaluate.mean_language_advantage(series, dataset, ["c"]))

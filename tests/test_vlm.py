@@ -1,10 +1,15 @@
 """Language feature generation (§3.2, Eq. 7-8, Appendix B): prompt, answer, attention, LoRA."""
+import json
+import shutil
+
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import CLASSES
+from safetensors.torch import load_file, save_file
 
 import vlm
+from data import InputError
 from vlm import LanguageModel, instruction, parse_proposals, prefix_lm_mask, proposal_text
 
 
@@ -159,3 +164,92 @@ def test_the_tiny_language_model_is_the_same_when_made_again(tmp_path):
         vlm.make_tiny_lm(tmp_path / name, [instruction(CLASSES)], dim=16)
     for file in ("tokenizer.json", "model.safetensors", "config.json"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+
+def test_checkpointing_gives_the_same_gradients(lm_folder):
+    gradients = []
+    for checkpointing in (False, True):
+        model, (f, mask) = make(lm_folder).train(), inputs((8, 5))
+        if checkpointing:
+            model.checkpointing()
+        out = model(f.requires_grad_(), mask, ["Jump: 1-4.", vlm.NO_ACTION])
+        (out.text_loss + out.f_adv.square().mean()).backward()
+        gradients.append([f.grad] + [p.grad for p in model.parameters() if p.requires_grad])
+    for a, b in zip(*gradients):
+        torch.testing.assert_close(a, b)
+
+
+def test_bfloat16_is_frozen_only_and_close_to_float32(lm_folder):
+    full, half = make(lm_folder), make(lm_folder, dtype="bfloat16")
+    f, mask = inputs((8, 5))
+    assert {p.dtype for p in half.parameters() if p.requires_grad} == {torch.float32}
+    assert {p.dtype for p in half.parameters() if not p.requires_grad} == {torch.bfloat16}
+    a, b = full(f, mask, ["Jump: 1-4."] * 2), half(f, mask, ["Jump: 1-4."] * 2)
+    assert b.f_adv.dtype == b.text_loss.dtype == torch.float32
+    assert 0 < (a.f_adv - b.f_adv)[mask].abs().max() < 0.1 and abs(a.text_loss - b.text_loss) < 0.05
+
+
+def test_descriptions_too_long_for_the_positions_are_an_error(lm_folder):
+    model = make(lm_folder)
+    room = model.lm.config.max_position_embeddings - len(model.prompt_ids) - 256
+    assert model.sequence_length(8) == 32 + len(model.prompt_ids)
+    model.check_length(room // 4)
+    with pytest.raises(InputError, match="Shorten the sentences"):
+        model.check_length(room // 4 + 1)
+
+
+# ------------------------------------------------------------------------------------------- model folders
+def as_internvl(lm_folder, folder, layout):
+    """The tiny language model inside an InternVL folder: "native" layout, the one of older files, or the original."""
+    shutil.copytree(lm_folder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    outer = {"native": {"model_type": "internvl", "text_config": config, "vision_config": {}},
+             "older": {"model_type": "internvl", "text_config": config, "vision_config": {}},
+             "original": {"model_type": "internvl_chat", "llm_config": config, "auto_map": {"AutoModel": "code.Run"}}}
+    (folder / "config.json").write_text(json.dumps(outer[layout]))
+    prefix = {"native": "model.language_model.", "older": "language_model.model.", "original": "language_model.model."}
+    tensors = {prefix[layout] + n.removeprefix("model."): t
+               for n, t in load_file(folder / "model.safetensors").items()}
+    vision = {"vision_model.embeddings.class_embedding": torch.zeros(1, 1, 8), "mlp1.0.weight": torch.zeros(8)}
+    save_file(tensors | vision, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("layout", ["native", "older", "original"])
+def test_the_language_model_is_taken_out_of_an_internvl_folder(lm_folder, tmp_path, layout):
+    folder = as_internvl(lm_folder, tmp_path / layout, layout)
+    f, mask = inputs()
+    plain, taken = make(lm_folder)(f, mask, ["Jump: 1-4."]), make(folder)(f, mask, ["Jump: 1-4."])
+    for a, b in zip(plain, taken):
+        torch.testing.assert_close(a, b)
+
+
+def test_tied_embeddings_give_the_output_layer(lm_folder):
+    model, _ = vlm.load_language_model(lm_folder, torch.float32)
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+
+
+def test_a_missing_or_misshapen_weight_is_an_error_that_names_it(lm_folder, tmp_path):
+    shutil.copytree(lm_folder, tmp_path / "lm")
+    path = tmp_path / "lm/model.safetensors"
+    tensors = load_file(path)
+    name = "model.layers.1.mlp.up_proj.weight"
+    save_file({n: t for n, t in tensors.items() if n != name}, path, {"format": "pt"})
+    with pytest.raises(InputError, match=name.replace(".", r"\.")):
+        vlm.load_language_model(tmp_path / "lm", torch.float32)
+    save_file(tensors | {name: tensors[name][:, :3].contiguous()}, path, {"format": "pt"})
+    with pytest.raises(InputError, match="lm: expected"):
+        vlm.load_language_model(tmp_path / "lm", torch.float32)
+
+
+@pytest.mark.parametrize("content, message", [
+    (None, "no such folder"), ("{", "config.json"), ('{"model_type": "of_the_future"}', "of_the_future"),
+    ('{"model_type": "qwen2", "hidden_size": 8}', "expected weights and tokenizer")])
+def test_what_is_no_language_model_is_an_error_that_names_the_folder(tmp_path, content, message):
+    folder = tmp_path / "lm"
+    if content is not None:
+        folder.mkdir()
+        (folder / "config.json").write_text(content)
+    with pytest.raises(InputError, match=message) as caught:
+        vlm.load_language_model(folder, torch.float32)
+    assert str(folder) in str(caught.value)
