@@ -31,7 +31,9 @@ class Config:
     lora_alpha: int = 256
     lm_dtype: str = "float32"           # or "bfloat16": of the frozen language model
     layout: str = "frames-first"        # or "text-first", see vlm.py
-    lambda_lang: float | None = None    # None: predicted (Eq. 4); a number: fixed (Table 4); 0: vision only
+    lang_tokens: str = "special"        # or "shared", "vision": whose hidden states are F_lang (Table 9)
+    lambda_lang: float | str | None = None   # None: predicted (Eq. 4); "generated" or a number (Table 4); 0: vision only
+    use_vision: bool = True             # False: F_lang without F_vis in Eq. 5 (Table 2)
     width: int = 512                    # of the detection head
     levels: int = 6                     # S
     head_window: int = 19               # attention window of the head in steps, 0 = global
@@ -65,7 +67,7 @@ class ActionVLM(nn.Module):
         self.language = None
         if config.lambda_lang != 0:
             self.language = LanguageModel(config.lm, config.descriptions, config.lora_rank, config.lora_alpha,
-                                          config.layout, config.lm_dtype)
+                                          config.layout, config.lang_tokens, config.lm_dtype)
         self.predict_advantage = AdvantagePredictor(D)
         self.head = DetectionHead(D, C, config.width, config.levels, window=config.head_window,
                                   prior=config.prior)
@@ -83,12 +85,20 @@ class ActionVLM(nn.Module):
             return Output(*self.head(f_vis, f_vis, batch.mask), None, None, None)
         lang = self.language(f_vis, batch.mask, self.answers(batch) if self.training else None)
         advantage = self.predict_advantage(lang.f_adv)                                         # Eq. 2
-        lambda_lang = language_weight(advantage) * batch.mask                                  # Eq. 4
-        if self.config.lambda_lang is not None:
-            lambda_lang = torch.full_like(advantage, self.config.lambda_lang) * batch.mask     # Table 4
+        lambda_lang = self.weight(advantage, lang.f_adv) * batch.mask                          # Eq. 4
+        if not self.config.use_vision:                                                         # Table 2
+            f_vis = torch.zeros_like(f_vis)
         f_cls = aggregate(f_vis, self.normalise(lang.f_lang_cls), lambda_lang)                 # Eq. 5
         f_loc = aggregate(f_vis, self.normalise(lang.f_lang_loc), lambda_lang)
         return Output(*self.head(f_cls, f_loc, batch.mask), advantage, lambda_lang, lang.text_loss)
+
+    def weight(self, advantage, f_adv) -> torch.Tensor:
+        """lambda_lang (B, L): Eq. 4, or one of the ablations of Tables 2 and 4."""
+        if self.config.lambda_lang is None and self.config.use_vision:
+            return language_weight(advantage)                                                  # Eq. 4
+        if self.config.lambda_lang == "generated":
+            return self.language.probability_of_yes(f_adv)
+        return torch.full_like(advantage, self.config.lambda_lang if self.config.use_vision else 1.0)
 
     def features(self, batch) -> torch.Tensor:
         """(B, L, V): what the vision encoder makes of the frames, or the features of the files as they are."""

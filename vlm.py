@@ -38,8 +38,8 @@ class LanguageFeatures(NamedTuple):
 
 
 def instruction(descriptions: dict) -> str:
-    """T_ins with T_desc in its place (Appendix B.2); descriptions: {label: sentence}."""
-    lines = "\n".join(f"{label}: {text}" for label, text in descriptions.items())
+    """T_ins with T_desc in its place (Appendix B.2); descriptions: {label: sentence}, the label alone where it is ""."""
+    lines = "\n".join(f"{label}: {text}" if text else label for label, text in descriptions.items())
     return ("This is a video reasoning task for action localization. Identify the start and end frames of each "
             "action in the given video, and output the list of action proposals. "
             f"The candidate actions include:\n{lines}")
@@ -85,14 +85,16 @@ class LanguageModel(nn.Module):
     folder: what `load_language_model` takes.
     descriptions: {label: sentence}, in class order.
     layout: "frames-first" (the paper's order) or "text-first" (the module's docstring).
+    tokens: whose last hidden states are the features (Table 9 b): "special", the three special tokens; "shared", [cls]
+        for all three; "vision", the vision tokens v_l.
     dtype: "float32", or "bfloat16": of the frozen weights and the arithmetic; what is trained stays float32.
     """
 
     def __init__(self, folder, descriptions: dict, lora_rank=128, lora_alpha=256, layout="frames-first",
-                 dtype="float32"):
+                 tokens="special", dtype="float32"):
         super().__init__()
         from peft import LoraConfig, get_peft_model
-        self.layout, self.classes = layout, list(descriptions)
+        self.layout, self.tokens, self.classes = layout, tokens, list(descriptions)
         base, self.tokenizer = load_language_model(folder, getattr(torch, dtype))
         with warnings.catch_warnings():                  # peft asks transformers by an old name
             warnings.simplefilter("ignore", FutureWarning)
@@ -127,10 +129,10 @@ class LanguageModel(nn.Module):
                 attention_mask=prefix_lm_mask(valid, prefix if self.layout == "frames-first" else 0),
                 position_ids=(valid.cumsum(1) - 1).clamp(min=0), use_cache=False).last_hidden_state
         begin = prompt.size(1) if self.layout == "text-first" else 0
-        _, f_lang_cls, f_lang_loc, f_adv = rearrange(
-            hidden[:, begin:begin + 4 * L].float(), "b (l four) d -> four b l d", four=4)
+        v, cls, loc, adv = rearrange(hidden[:, begin:begin + 4 * L].float(), "b (l four) d -> four b l d", four=4)
+        features = {"special": (cls, loc, adv), "shared": (cls, cls, cls), "vision": (v, v, v)}[self.tokens]
         text_loss = None if answers is None else self.text_loss(hidden[:, prefix:], targets)
-        return LanguageFeatures(f_lang_cls, f_lang_loc, f_adv, text_loss)
+        return LanguageFeatures(*features, text_loss)
 
     def autocast(self, device):
         """Arithmetic in bfloat16 if that is the dtype of the frozen weights; LoRA's float32 weights are cast there."""
@@ -184,6 +186,12 @@ class LanguageModel(nn.Module):
         with self.autocast(hidden.device):
             logits = self.lm.get_base_model().lm_head(hidden[here])                 # (answer tokens, vocabulary)
         return F.cross_entropy(logits.float(), targets[here])                       # Eq. 8
+
+    def probability_of_yes(self, f_adv: torch.Tensor) -> torch.Tensor:
+        """(B, L, D) -> (B, L): what the output layer gives "yes" against "no" at [adv] (Table 4, generated lambda)."""
+        yes, no = (self.tokenizer(f" {word}", add_special_tokens=False).input_ids[-1] for word in ("yes", "no"))
+        logits = F.linear(f_adv, self.lm.get_base_model().lm_head.weight[[yes, no]].float())    # (B, L, 2)
+        return torch.sigmoid(logits[..., 0] - logits[..., 1])
 
     def embed(self, ids):
         """Token ids -> frozen embeddings."""

@@ -143,3 +143,35 @@ def test_vision_encoder_has_no_norm_over_tokens():
 def test_vision_encoder_says_what_length_it_takes():
     with pytest.raises(ValueError, match="multiple of 16"):
         vision()(torch.zeros(1, 8, 3, 32, 32, dtype=torch.uint8), torch.ones(1, 8, dtype=torch.bool))
+
+
+# ------------------------------------------------------------------------------------------- ablations
+def test_table2_without_vision_only_language_reaches_the_head(make_model):
+    model, batch = make_model(use_vision=False).eval(), feature_batch([8])
+    output = model(batch)
+    lang = model.normalise(model.language(model.normalise(model.project(batch.inputs)), batch.mask).f_lang_cls)
+    torch.testing.assert_close(output.lambda_lang, torch.ones(1, 8))
+    torch.testing.assert_close(output.cls_logits[0], model.head(lang, lang, batch.mask).cls_logits[0])
+
+
+def test_table4_generated_weight_is_the_probability_of_yes_against_no(make_model):
+    model, batch = make_model(lambda_lang="generated").eval(), feature_batch([6], L=8)
+    output = model(batch)
+    hidden = model.language(model.normalise(model.project(batch.inputs)), batch.mask).f_adv
+    logits = model.language.lm.get_base_model().lm_head(hidden)
+    yes, no = (model.language.tokenizer(word).input_ids[-1] for word in (" yes", " no"))
+    expected = logits[..., [yes, no]].softmax(-1)[..., 0] * batch.mask
+    assert yes != no
+    torch.testing.assert_close(output.lambda_lang, expected)
+    output.cls_logits[0].sum().backward()                           # trains the language model through the weight
+    assert any(p.grad is not None and p.grad.abs().max() > 0 for n, p in model.named_parameters() if "lora_B" in n)
+
+
+@pytest.mark.parametrize("tokens, columns", [("special", (1, 2, 3)), ("shared", (1, 1, 1)), ("vision", (0, 0, 0))])
+def test_table9_tokens_whose_hidden_states_are_the_features(make_model, tokens, columns):
+    model, batch = make_model(lang_tokens=tokens).eval(), feature_batch([8])
+    seen = []
+    model.language.lm.get_base_model().model.register_forward_hook(lambda m, i, o: seen.append(o.last_hidden_state))
+    features = model.language(model.normalise(model.project(batch.inputs)), batch.mask)
+    for feature, column in zip(features, columns):
+        torch.testing.assert_close(feature, seen[0][:, column:32:4])

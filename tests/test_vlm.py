@@ -35,6 +35,10 @@ def test_instruction_holds_every_label_with_its_description():
         assert f"{label}: {sentence}" in text
 
 
+def test_table9_without_descriptions_labels_remain():
+    assert instruction({"Jump": "", "Run": ""}).endswith("include:\nJump\nRun")
+
+
 def test_eq7_proposal_text_is_in_order_of_start_with_whole_frames():
     assert proposal_text([[60.4, 75.0], [11.6, 48.2]], ["Diving", "LongJump"]) == "LongJump: 12-48, Diving: 60-75."
     assert proposal_text([], []) == vlm.NO_ACTION
