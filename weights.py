@@ -1,1 +1,0 @@
-def vision_config(*a): raise NotImplementedError
