@@ -12,11 +12,12 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
+import weights
 from advantage import AdvantagePredictor, ClassMeanLoss
 from head import DetectionHead
 from vlm import LanguageModel, proposal_text
 
-IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)     # what VideoMAE was trained with
+IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)     # of VideoMAE and InternViT
 
 
 @dataclass
@@ -26,7 +27,7 @@ class Config:
     lm: str                             # folder of the language model
     dim: int                            # D, its hidden width
     feature_dim: int = 0                # V of the feature files; 0 = frames through the vision encoder
-    vision: dict = field(default_factory=dict)   # fields of transformers' VideoMAEConfig
+    vision: dict = field(default_factory=dict)   # what the vision encoder is, see VisionEncoder
     lora_rank: int = 128
     lora_alpha: int = 256
     lm_dtype: str = "float32"           # or "bfloat16": of the frozen language model
@@ -146,35 +147,101 @@ def aggregate(f_vis: torch.Tensor, f_lang: torch.Tensor, weight: torch.Tensor) -
 
 
 class VisionEncoder(nn.Module):
-    """E_vis: VideoMAE on clips of 16 frames, mean over space, linear interpolation in time to one feature per frame.
+    """E_vis: one feature per frame, the mean over the patches of VideoMAE or InternViT, without a norm over them.
 
-    config: fields of transformers' VideoMAEConfig (image_size, hidden_size, ...).
+    VideoMAE reads clips of 16 frames; its steps of 2 frames are interpolated linearly in time. InternViT reads every
+    frame by itself. config: kind ("videomae" if absent, or "internvit"), fields of transformers' VideoMAEConfig or
+    InternVLVisionConfig (image_size, hidden_size, ...), and pretrained_image_size (if absent, image_size): positions
+    are interpolated from its grid of patches. weights.vision_config makes the config of published weights.
     """
 
     def __init__(self, config: dict):
         super().__init__()
-        from transformers import VideoMAEConfig, VideoMAEModel
-        self.videomae = VideoMAEModel(VideoMAEConfig(**config, use_mean_pooling=True))   # no norm over tokens
-        self.dim = self.videomae.config.hidden_size
-        self.clip, self.tubelet = self.videomae.config.num_frames, self.videomae.config.tubelet_size
+        config = dict(config)
+        self.kind = config.pop("kind", "videomae")
+        pretrained = config.pop("pretrained_image_size", None)
+        if self.kind == "internvit":
+            self.internvit = build_internvit(config, pretrained)
+            self.clip = self.tubelet = 1
+        else:
+            self.videomae = build_videomae(config, pretrained)
+            self.clip, self.tubelet = self.videomae.config.num_frames, self.videomae.config.tubelet_size
+        self.dim = self.backbone.config.hidden_size
+
+    @property
+    def backbone(self) -> nn.Module:
+        """The module of transformers: what stands in checkpoints is named after its kind."""
+        return self.internvit if self.kind == "internvit" else self.videomae
+
+    def load(self, path) -> list:
+        """Take published weights, all of them or InputError; -> names in the file that are not used by design."""
+        tensors, unused = weights.vision_tensors(path, self.kind, self.backbone.state_dict())
+        self.backbone.load_state_dict(tensors)
+        return unused
+
+    def checkpointing(self, on: bool) -> None:
+        """In training, recompute activations in the backward pass: less memory, more time, the same gradients."""
+        known = hasattr(self.backbone, "activation_checkpointing_enable")                # transformers 5.23
+        name = "activation_checkpointing" if known else "gradient_checkpointing"
+        if on:
+            getattr(self.backbone, f"{name}_enable")({"use_reentrant": False})
+        else:
+            getattr(self.backbone, f"{name}_disable")()
 
     def checkpointing(self) -> None:
         pass
 
     def forward(self, frames: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """frames (B, L, 3, H, W) uint8, mask (B, L) bool -> (B, L, V); L is a multiple of the clip length."""
-        B, L = mask.size()
+        L = mask.size(1)
         if L % self.clip:
             raise ValueError(f"expected a multiple of {self.clip} frames, found {L}")
         mean, std = (frames.new_tensor(m, dtype=torch.float32)[:, None, None] for m in (IMAGE_MEAN, IMAGE_STD))
-        pixels = rearrange((frames / 255 - mean) / std, "b (n f) c h w -> (b n) f c h w", f=self.clip)
-        tokens = self.videomae(pixels).last_hidden_state                                 # (B L/clip, tokens, V)
-        steps = rearrange(tokens, "(b n) (t hw) v -> b (n t) hw v", b=B, t=self.clip // self.tubelet).mean(2)
+        pixels = (frames / 255 - mean) / std
+        steps = self.each_frame(pixels) if self.kind == "internvit" else self.each_clip(pixels)
         # Padding takes the last real step, or interpolation would mix it into the last real frame.
         last = ((mask.sum(1) - 1) // self.tubelet).clamp(min=0)                          # (B,)
         index = torch.arange(steps.size(1), device=steps.device)[None].minimum(last[:, None])
         steps = steps.gather(1, index[..., None].expand_as(steps))                       # (B, L/tubelet, V)
         return rearrange(F.interpolate(rearrange(steps, "b t v -> b v t"), L, mode="linear"), "b v l -> b l v")
+
+    def each_clip(self, pixels: torch.Tensor) -> torch.Tensor:
+        """VideoMAE: (B, L, 3, H, W) -> (B, L/tubelet, V)."""
+        clips = rearrange(pixels, "b (n f) c h w -> (b n) f c h w", f=self.clip)
+        tokens = self.videomae(clips).last_hidden_state                                  # (B L/clip, tokens, V)
+        return rearrange(tokens, "(b n) (t hw) v -> b (n t) hw v", b=len(pixels), t=self.clip // self.tubelet).mean(2)
+
+    def each_frame(self, pixels: torch.Tensor) -> torch.Tensor:
+        """InternViT: (B, L, 3, H, W) -> (B, L, V), the class token left out; 64 images at a time bound the memory."""
+        images = rearrange(pixels, "b l c h w -> (b l) c h w").split(64)
+        means = [self.internvit(part).last_hidden_state[:, 1:].mean(1) for part in images]
+        return rearrange(torch.cat(means), "(b l) v -> b l v", b=len(pixels))
+
+
+def build_videomae(config: dict, pretrained: int | None) -> nn.Module:
+    """VideoMAEModel without weights; pretrained: image side (pixels) whose grid of positions is interpolated."""
+    from transformers import VideoMAEConfig, VideoMAEModel
+    videomae = VideoMAEModel(VideoMAEConfig(**config, use_mean_pooling=True))            # no norm over tokens
+    for layer in videomae.encoder.layer:
+        layer.attention.attention.key.bias = None      # transformers 5.17 has one, without effect; VideoMAE has none
+    if pretrained and pretrained != videomae.config.image_size:
+        videomae.embeddings.position_embeddings = videomae_positions(videomae.config, pretrained)
+    return videomae
+
+
+def videomae_positions(config, pretrained: int) -> torch.Tensor:
+    """(1, t h w, V): the sinusoids of the pretrained grid, at every time step interpolated bicubically to ours."""
+    steps, side = config.num_frames // config.tubelet_size, pretrained // config.patch_size
+    grid = rearrange(weights.sinusoids(steps * side ** 2, config.hidden_size), "(t h w) v -> t v h w", t=steps, h=side)
+    ours = F.interpolate(grid, [config.image_size // config.patch_size] * 2, mode="bicubic")
+    return rearrange(ours, "t v h w -> () (t h w) v")
+
+
+def build_internvit(config: dict, pretrained: int | None) -> nn.Module:
+    """InternVLVisionModel without weights. It is built for the pretrained grid, and interpolates at every call."""
+    from transformers import InternVLVisionConfig, InternVLVisionModel
+    config = config | {"image_size": pretrained or config["image_size"], "use_mean_pooling": True}
+    return InternVLVisionModel(InternVLVisionConfig(**config))
 
 
 # A VideoMAE small enough to train from scratch on a CPU; a wide start, since the usual 0.02 suits wide layers.
