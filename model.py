@@ -179,17 +179,11 @@ class VisionEncoder(nn.Module):
         self.backbone.load_state_dict(tensors)
         return unused
 
-    def checkpointing(self, on: bool) -> None:
-        """In training, recompute activations in the backward pass: less memory, more time, the same gradients."""
-        known = hasattr(self.backbone, "activation_checkpointing_enable")                # transformers 5.23
-        name = "activation_checkpointing" if known else "gradient_checkpointing"
-        if on:
-            getattr(self.backbone, f"{name}_enable")({"use_reentrant": False})
-        else:
-            getattr(self.backbone, f"{name}_disable")()
-
     def checkpointing(self) -> None:
-        pass
+        """From now on compute activations again in the backward pass: less memory, more time, the same gradients."""
+        # The first name is that of newer versions of transformers.
+        getattr(self.backbone, "activation_checkpointing_enable",
+                self.backbone.gradient_checkpointing_enable)({"use_reentrant": False})
 
     def forward(self, frames: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """frames (B, L, 3, H, W) uint8, mask (B, L) bool -> (B, L, V); L is a multiple of the clip length."""

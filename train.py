@@ -129,7 +129,9 @@ def main(argv=None) -> int:
         training, test, descriptions = load_data(args)
         model = ActionVLM(load_config(args, training, descriptions))
         if model.vision is not None and args.vision != "tiny" and not args.resume:
-            model.vision.load(args.vision)
+            unused = model.vision.load(args.vision)
+            print(f"--vision {args.vision}: {model.config.vision['num_hidden_layers']} layers of width {model.vision.dim}"
+                  + (f"; not used: {', '.join(unused[:6])}{', ...' if unused[6:] else ''}" if unused else ""))
         if model.language is not None:
             model.language.check_length(args.window)
         if args.grad_checkpoint == "on":
@@ -421,7 +423,8 @@ def estimate_memory(run: Run) -> str:
                                                   else full * config.num_hidden_layers)
     passed = 0
     if model.vision is not None:
-        passed += activations(model.vision.videomae.config, args.window * 8, 4)
+        side = model.config.vision["image_size"] // model.config.vision["patch_size"]
+        passed += activations(model.vision.backbone.config, args.window // model.vision.tubelet * side ** 2, 4)
     if model.language is not None:
         passed += activations(model.language.lm.config, model.language.sequence_length(args.window),
                               model.language.lm.dtype.itemsize)
