@@ -1,15 +1,19 @@
 """The commands of the README, run small: train on videos and on features, resume, evaluate, look at one video."""
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors import safe_open
 
 import data
 import evaluate
 import train
+import weights
 
 ROOT = Path(__file__).parents[1]
 
@@ -133,6 +137,74 @@ def test_custom_features_with_sliding_windows(features, tmp_path, capsys, layout
     assert evaluate.main(["--checkpoint", str(tmp_path), "--video", str(folder / "b.npy"), "--device", "cpu"]) == 2
     assert "--fps" in capsys.readouterr().err
     assert evaluate.main(["--checkpoint", str(tmp_path), "--video", str(folder / "b.npy"), "--fps", "30", "--device", "cpu"]) == 0
+
+
+@pytest.fixture(scope="module")
+def videomae_file(tmp_path_factory):
+    """A VideoMAE of width 48 as its authors save it: the names of the original file, and what it also holds."""
+    from transformers import VideoMAEConfig, VideoMAEModel
+    torch.manual_seed(1)
+    ours = VideoMAEModel(VideoMAEConfig(hidden_size=48, num_hidden_layers=2, num_attention_heads=1, intermediate_size=96,
+                                        patch_size=16, image_size=32)).state_dict()
+    tensors = {weights.original_videomae(name): tensor for name, tensor in ours.items()
+               if "query" not in name and "key" not in name and "value" not in name and "layernorm." not in name[:10]}
+    for n in range(2):
+        stem = f"encoder.layer.{n}.attention.attention."
+        tensors[f"blocks.{n}.attn.qkv.weight"] = torch.cat([ours[f"{stem}{x}.weight"] for x in ("query", "key", "value")])
+        tensors |= {f"blocks.{n}.attn.{x}_bias": torch.randn(48) for x in "qv"}
+    path = tmp_path_factory.mktemp("vision") / "vit_s_k710_dl_from_giant.pth"
+    torch.save({"module": tensors | {"head.weight": torch.zeros(710, 48), "fc_norm.weight": torch.ones(48)}}, path)
+    return path
+
+
+def test_published_vision_weights_are_trained_and_evaluated_without_the_file(demo, videomae_file, tmp_path, capsys):
+    flags = [str(f) for f in demo[1]] + ["--vision", str(videomae_file), "--out", str(tmp_path), "--lambda-lang", "0",
+                                         "--grad-checkpoint", "on"]
+    assert train.main([*flags, "--epochs", "0"]) == 0
+    assert "2 layers of width 48; not used: head.weight, fc_norm.weight" in capsys.readouterr().out
+    with safe_open(tmp_path / "checkpoint.safetensors", "pt") as file:
+        kept = file.get_tensor("model.vision.videomae.encoder.layer.1.attention.attention.value.bias")
+    assert torch.equal(kept, torch.load(videomae_file)["module"]["blocks.1.attn.v_bias"])
+    assert train.main([*flags, "--epochs", "1", "--resume"]) == 0
+    printed = capsys.readouterr().out
+    videomae_file.rename(videomae_file.with_suffix(".away"))
+    assert evaluate.main(["--checkpoint", str(tmp_path), "--device", "cpu"]) == 0
+    assert table(capsys.readouterr().out) == table(printed)
+
+
+def test_a_checkpoint_holds_what_was_trained_and_no_frozen_weight(trained):
+    with safe_open(trained[0] / "checkpoint.safetensors", "pt") as file:
+        names = {name.removeprefix("model.") for name in file.keys() if name.startswith("model.")}
+    language = {name for name in names if name.startswith("language.")}
+    assert all("lora_" in name or name == "language.special_tokens" for name in language) and len(language) > 10
+    assert {name.split(".")[0] for name in names} == {"vision", "project", "language", "predict_advantage", "head", "class_mean"}
+
+
+def test_dry_run_says_what_it_found_and_trains_nothing(demo, tmp_path, capsys):
+    assert train.main([*map(str, demo[1]), "--out", str(tmp_path), "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert "training: 4 videos" in printed and "test: 2 videos" in printed and "6 classes" in printed
+    for part in ("head", "vision", "lm"):
+        assert f"{part} " in printed and "(lr " in printed
+    assert re.search(r"tokens of a window: 512 for 128 frames \+ \d+ for the prompt = \d+", printed)
+    assert "memory, about: frozen weights" in printed and "one step: loss" in printed and "loss_adv" in printed
+    assert {p.name for p in tmp_path.iterdir()} == {"tiny-lm"}
+
+
+def test_bias_gives_lap_and_mla(trained, tmp_path, capsys):
+    assert evaluate.main(["--checkpoint", str(trained[0]), "--bias", "--json", str(tmp_path / "f.json"), "--device", "cpu"]) == 0
+    assert re.search(r"with unmatched descriptions .* LAP -?\d", capsys.readouterr().out)
+    figures = json.loads((tmp_path / "f.json").read_text())
+    assert set(figures["mLA"]) == {"all", *figures["AP"]} and isinstance(figures["LAP"], float)
+
+
+@pytest.mark.parametrize("flags", [["--lambda-lang", "generated"], ["--features-used", "language"],
+                                   ["--lang-tokens", "vision"], ["--prompt", "labels"], ["--lambda-adv", "0"]])
+def test_every_ablation_runs_and_can_be_evaluated(features, tmp_path, capsys, flags):
+    assert train.main([*map(str, features[1]), "--out", str(tmp_path), *flags]) == 0
+    printed = capsys.readouterr().out
+    assert evaluate.main(["--checkpoint", str(tmp_path), "--device", "cpu"]) == 0
+    assert table(capsys.readouterr().out) == table(printed)
 
 
 @pytest.mark.parametrize("change, message", [
