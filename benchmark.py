@@ -2,6 +2,7 @@
 
     python benchmark.py detector                  # metric, soft-NMS, detection head: one Markdown table
     python benchmark.py detector --only mAP       # the rows that have "mAP" in their name
+    python benchmark.py data                      # reading one window, from a video and from features
 
 Inputs are random but seeded, and built here. A figure is the median of at least five runs after one that does not count.
 The exit code is 1 if a row missed its limit.
@@ -9,6 +10,7 @@ The exit code is 1 if a row missed its limit.
 import argparse
 import platform
 import sys
+import tempfile
 import time
 from functools import partial
 from pathlib import Path
@@ -19,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from data import TALDataset, Video, write_video
 from evaluate import mean_average_precision
 from head import (DetectionHead, HeadOutput, decode, detection_loss, nms_per_class, pyramid_points,
                   window_attention)
@@ -223,6 +226,43 @@ def plain_forward(head: DetectionHead, f: Tensor, mask: Tensor) -> HeadOutput:
                       pyramid_points(f.shape[1], head.strides(), head.ranges), [m[:, 0] > 0 for m in ms])
 
 
+# ------------------------------------------------------------------------------------------------ data
+def video_problem(training: bool, seconds: int = 110, window: int = 768) -> Callable:
+    """One window of frames at stride 4, 160x160, from a video of 320x180 at 30 fps that pans over a picture."""
+    rng, T = np.random.default_rng(0), 30 * seconds
+    scene = F.interpolate(torch.from_numpy(rng.uniform(0, 255, (1, 3, 24, 40)).astype(np.float32)), (380, 640),
+                          mode="bilinear")[0].permute(1, 2, 0).numpy()
+    grain = rng.normal(0, 3, (180, 320, 1)).astype(np.float32)
+    x, y = (160 + 150 * np.sin(np.arange(T) / 90)).astype(int), (100 + 95 * np.cos(np.arange(T) / 70)).astype(int)
+    frames = np.empty((T, 180, 320, 3), np.uint8)
+    for frame, a, b in zip(frames, x, y):
+        frame[:] = np.clip(scene[b:b + 180, a:a + 320] + grain, 0, 255)
+    folder = tempfile.TemporaryDirectory()
+    path = Path(folder.name) / "video.mp4"
+    write_video(path, frames, 30)
+    dataset = TALDataset([Video("video", seconds, 30.0, path=path)], [], window, stride=4, training=training,
+                         image_size=160, resize=182)
+    return partial(read_window, dataset, folder)
+
+
+def feature_problem(steps: int = 2304, width: int = 2048) -> Callable:
+    """One window of a feature file that is somewhat longer."""
+    folder = tempfile.TemporaryDirectory()
+    path = Path(folder.name) / "video.npy"
+    np.save(path, np.random.default_rng(0).standard_normal((steps + 100, width), np.float32))
+    dataset = TALDataset([Video("video", 320.0, 30.0, path=path)], [], steps, stride=4, num_frames=16, training=True)
+    return partial(read_window, dataset, folder)
+
+
+def read_window(dataset: TALDataset, folder):
+    """The first window, on one thread, as in a worker process. `folder` lives as long as the function that holds it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    window = dataset[0]
+    torch.set_num_threads(threads)
+    return window
+
+
 THUMOS = dict(videos=213, classes=20, segments=3300, thresholds=np.linspace(0.3, 0.7, 5))
 ACTIVITYNET = dict(videos=4728, classes=200, segments=7600, thresholds=np.linspace(0.5, 0.95, 10))
 DETECTOR = [
@@ -244,7 +284,15 @@ its time and 5 % is the limit.
 Soft-NMS: 2,000 detections for each of 20 classes, around 15 actions a class, scores log-uniform from .001 to 1, the
 best 200 kept; hard case: segments anywhere, scores uniform from 0 to 1, all survivors kept. Training and inference:
 features of 2,048 channels, vision only, width 512, attention window 19, 20 classes, 29 M parameters."""
-BENCHMARKS = {"detector": (DETECTOR, DETECTOR_NOTES)}
+DATA = [
+    Row("training window of a video, 768 frames", partial(video_problem, training=True), "-", float("inf")),
+    Row("test window of a video, 768 frames", partial(video_problem, training=False), "-", float("inf")),
+    Row("window of features, 2,304 x 2,048", feature_problem, "-", float("inf")),
+]
+DATA_NOTES = """Each figure is one window in one process: a worker (--workers) gives 1 / figure windows per second.
+The video is H.264, 320x180, 30 fps; every fourth frame is taken, all have to be decoded. Training: short side 182,
+random resized crop to 160x160, flip, colour jitter. Test: short side 160, centre crop."""
+BENCHMARKS = {"detector": (DETECTOR, DETECTOR_NOTES), "data": (DATA, DATA_NOTES)}
 
 if __name__ == "__main__":
     sys.exit(main())

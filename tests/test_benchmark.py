@@ -58,3 +58,16 @@ def test_plain_forward_is_our_head():
     for part in ("cls_logits", "offsets", "points", "mask"):
         for a, b in zip(getattr(ours, part), getattr(plain, part), strict=True):
             torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_video_problem_reads_its_window(training):
+    window = benchmark.video_problem(training, seconds=3, window=20)()
+    assert window.inputs.shape == (20, 3, 160, 160) and window.inputs.float().std() > 5
+    assert (window.inputs[0] != window.inputs[1]).any()                     # the picture moves
+
+
+def test_feature_problem_reads_its_window():
+    threads = torch.get_num_threads()
+    assert benchmark.feature_problem(steps=32, width=8)().inputs.shape == (32, 8)
+    assert torch.get_num_threads() == threads

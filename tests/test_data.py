@@ -3,11 +3,14 @@ import csv
 import gzip
 import json
 import math
+import struct
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 import data
 from data import (InputError, TALDataset, Video, collate, grid_to_seconds, load_annotations, load_descriptions,
@@ -110,6 +113,51 @@ def test_test_windows_cover_the_video_with_all_segments(tmp_path):
     assert [dataset[i].start for i in range(len(dataset))] == [0, 8, 16, 24]
 
 
+# ---------------------------------------------------------------- resized to one length, several frames a step
+def resized_dataset(tmp_path, T=10, **kwargs):
+    """Features of a ramp over 5 s, resized to 4 steps; one segment over the second quarter, one over everything."""
+    np.save(tmp_path / "v.npy", np.stack([np.arange(T), 3 * np.arange(T)], 1).astype(np.float32))
+    video = Video("v", 5.0, 25.0, "training", np.array([[1.25, 2.5], [0.0, 5.0]]), ["a", "b"], tmp_path / "v.npy")
+    return TALDataset([video], ["a", "b"], window=768, stride=16, num_frames=16, resize_to=4, **kwargs)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_resized_features_are_one_window_of_the_whole_video(tmp_path, training):
+    dataset = resized_dataset(tmp_path, training=training)
+    assert len(dataset) == 1
+    window = dataset[0]
+    assert (window.start, window.length, window.inputs.shape) == (0, 4, (4, 2))
+    # The video is rows -0.5 to 9.5; the middles of its quarters lie at 0.75, 3.25, 5.75, 8.25.
+    assert window.inputs[:, 0].tolist() == pytest.approx([0.75, 3.25, 5.75, 8.25])
+    assert window.segments.tolist() == [[0.5, 1.5], [-0.5, 3.5]]      # quarter 2: half a step around step 1
+
+
+def test_resized_grid_round_trip(tmp_path):
+    rng = np.random.default_rng(0)
+    videos = [Video(str(i), duration, 30.0, path=tmp_path) for i, duration in enumerate(rng.uniform(1, 900, 50))]
+    dataset = TALDataset(videos, [], 0, resize_to=192)
+    for video, seconds in zip(dataset.videos, rng.uniform(0, 900, (50, 20))):
+        grid = seconds_to_grid(seconds, video.fps, dataset.stride, dataset.num_frames)
+        np.testing.assert_allclose(grid, seconds * 192 / video.duration - 0.5)
+        assert np.abs(grid_to_seconds(grid, video.fps, dataset.stride, dataset.num_frames) - seconds).max() < 1e-6
+
+
+@pytest.mark.parametrize("kwargs, wanted", [
+    (dict(window=0, resize_to=5, frames_per_step=4), [5 * i + 2 for i in range(20)]),   # 10 s in 20 parts: middles
+    (dict(window=100, resize_to=25), [4 * i + 2 for i in range(25)]),
+    (dict(window=4, stride=8, num_frames=8, frames_per_step=4), [2 * i + 1 for i in range(16)]),
+    (dict(window=4, stride=8), [0, 8, 16, 24]),
+])
+def test_frames_of_a_step_lie_evenly_over_it(counting_video, kwargs, wanted):
+    dataset = TALDataset([Video("v", 10.0, 10.0, path=counting_video)], [], image_size=48, **kwargs)
+    window = dataset[0]
+    seen = frame_numbers(read_frames(counting_video, np.array(wanted) / 10, 48)[:, :, 8:56])
+    assert frame_numbers(window.inputs.permute(0, 2, 3, 1).numpy()) == seen
+    batch = collate([window], multiple=8)
+    k = kwargs.get("frames_per_step", 1)
+    assert batch.inputs.shape[1] == k * batch.mask.shape[1] and batch.mask.sum() == window.length == len(wanted) / k
+
+
 def test_features_with_nan_name_the_file(tmp_path):
     dataset = feature_dataset(tmp_path)
     np.save(tmp_path / "v.npy", np.full((40, 2), np.nan, dtype=np.float32))
@@ -171,9 +219,17 @@ def test_subset_names_in_any_case_and_unknown_ones_listed(tmp_path):
         data.subset_of(videos, "test", "f")
 
 
-def test_missing_files_are_named(tmp_path):
-    with pytest.raises(InputError, match="found none for 1 of 1: v"):
-        data.find_files([Video("v", 1.0, 1.0)], tmp_path)
+def test_missing_files_are_named_or_left_out_with_a_note(tmp_path):
+    videos, notes = [Video(f"x{i}", 1.0, 1.0) for i in range(14)], []
+    for name in ("x0.npy", "v_x13.NPY", "x1.mp4"):
+        (tmp_path / name).touch()
+    lack = "found none for 12 of 14: x1, x2, x3, x4, x5, x6, x7, x8, x9, x10 and 2 more"
+    with pytest.raises(InputError, match=lack):
+        data.find_files(videos, tmp_path, (".npy",))
+    found = data.find_files(videos, tmp_path, (".npy",), skip_missing=True, notes=notes)
+    assert [v.path.name for v in found] == ["x0.npy", "v_x13.NPY"] and len(notes) == 1 and lack in notes[0]
+    with pytest.raises(InputError, match="12 of 12"):                    # nothing at all is an error in any case
+        data.find_files(videos[1:13], tmp_path, (".npy",), skip_missing=True)
 
 
 # ---------------------------------------------------------------- videos
@@ -204,6 +260,108 @@ def test_read_frames_repeats_the_last_frame_past_the_end(counting_video):
 
 def test_read_frames_can_show_a_frame_twice(counting_video):
     assert frame_numbers(read_frames(counting_video, np.array([1.0, 1.0, 1.02, 1.1]), 24)) == [10, 10, 10, 11]
+
+
+def write_frames(path, pts, codec="libx264", rotation=None, images=None):
+    """A video with the given times of its frames in milliseconds; frame i shows the number i."""
+    import av
+    bits = (np.arange(len(pts))[:, None] >> np.arange(8)) & 1
+    if images is None:
+        images = np.tile(np.repeat(255 * bits, 8, 1)[:, None, :, None], (1, 48, 1, 3)).astype(np.uint8)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=25, options={"g": "30", "bf": "3"})
+        stream.height, stream.width, stream.pix_fmt = images.shape[1], images.shape[2], "yuv420p"
+        stream.codec_context.time_base = Fraction(1, 1000)
+        if rotation is not None:
+            stream.set_display_rotation(rotation)
+        for image, time in zip(images, pts):
+            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
+            frame.pts, frame.time_base = int(time), Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+@pytest.mark.parametrize("name", ["late.mp4", "varying.mp4", "varying.mkv"])
+def test_read_frames_follows_the_times_in_the_file(tmp_path, name):
+    # Start at 3 s; or gaps of 20 to 400 ms. A key frame every 30, B-frames between: seeking has to find them all.
+    gaps = np.full(100, 40) if name == "late.mp4" else np.random.default_rng(0).choice([20, 40, 40, 400], 100)
+    pts = np.cumsum(gaps) + 3000 * (name == "late.mp4")
+    write_frames(tmp_path / name, pts)
+    times = (pts - pts[0]) / 1000
+    for first in range(0, 100, 3):
+        assert frame_numbers(read_frames(tmp_path / name, times[first::7], 48)) == list(range(100))[first::7]
+    if name != "late.mp4":                                       # 200 ms into a gap the frame before it still shows
+        i = int(np.flatnonzero(np.diff(pts) == 400)[0])
+        assert frame_numbers(read_frames(tmp_path / name, times[i:i + 1] + 0.2, 48)) == [i]
+
+
+# In the file a white quarter at the top left. The matrix of a phone held upright turns the picture clockwise by 90
+# degrees for display, which FFmpeg calls -90: then the quarter is at the top right, and the picture is upright.
+@pytest.mark.parametrize("rotation, quarter", [(0, (0, 0)), (-90, (0, 1)), (180, (1, 1)), (90, (1, 0))])
+def test_read_frames_turns_rotated_videos_upright(tmp_path, rotation, quarter):
+    images = np.zeros((2, 48, 96, 3), np.uint8)
+    images[:, :24, :48] = 255
+    write_frames(tmp_path / "v.mp4", [0, 40], rotation=rotation, images=images)
+    raw = (tmp_path / "v.mp4").read_bytes()
+    matrix = raw.index(b"tkhd") + 44                                                    # x' = a x + c y, y' = b x + d y
+    a, b, _, c, d = struct.unpack(">5i", raw[matrix:matrix + 20])
+    centre = np.array([a * -1 + c * -1, b * -1 + d * -1]) > 0                            # of the quarter, (x, y)
+    assert (centre[1], centre[0]) == quarter                                             # what players do
+    (frame,) = read_frames(tmp_path / "v.mp4", np.zeros(1), 48)
+    assert frame.shape == ((96, 48, 3) if rotation in (90, -90) else (48, 96, 3))
+    h, w = frame.shape[0] // 2, frame.shape[1] // 2
+    means = frame.reshape(2, h, 2, w, 3).mean((1, 3, 4))
+    assert np.unravel_index(means.argmax(), (2, 2)) == quarter and np.sort(means.ravel())[-2:].round() @ [1, 0] < 10
+
+
+def audio_only(path):
+    import av
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("aac", rate=16000)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 16000), np.float32), format="fltp", layout="mono")
+        frame.sample_rate = 16000
+        container.mux([*stream.encode(frame), *stream.encode()])
+
+
+def no_frames(path):
+    import av
+    with av.open(str(path), "w", options={"movflags": "empty_moov"}) as container:
+        stream = container.add_stream("libx264", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        container.start_encoding()
+
+
+def cut_off(path):
+    write_frames(path, 40 * np.arange(200))
+    path.write_bytes(path.read_bytes()[:path.stat().st_size * 6 // 10])
+
+
+def b_frames_in_avi(path):
+    write_video(path, np.repeat(np.arange(0, 240, 3, dtype=np.uint8), 48 * 64 * 3).reshape(80, 48, 64, 3), 25)
+
+
+@pytest.mark.parametrize("make, name, message", [
+    (audio_only, "v.mp4", "no video stream"), (no_frames, "v.mp4", "found none"), (cut_off, "v.mp4", "can decode"),
+    (cut_off, "v.mkv", r"8.0 s, as the file says, found frames up to [45]\.\d s"),
+    (b_frames_in_avi, "v.avi", "not in order"), (lambda path: path.write_bytes(b""), "v.mp4", "can decode"),
+    (lambda path: None, "v.mp4", "No such file"),
+])
+def test_broken_videos_are_named(tmp_path, make, name, message):
+    make(tmp_path / name)
+    with pytest.raises(InputError, match=rf"{name}: expected .*{message}"):
+        read_frames(tmp_path / name, np.array([0.0, 0.4, 7.9]), 48)
+
+
+def test_an_error_in_a_worker_process_reads_the_same(tmp_path):
+    (tmp_path / "v.npy").write_bytes(b"nothing")
+    dataset = feature_dataset(tmp_path)
+    (tmp_path / "v.npy").write_bytes(b"nothing")
+    messages = []
+    for workers in (0, 1):
+        with pytest.raises(InputError, match="v.npy: expected a .npy file") as error:
+            next(iter(DataLoader(dataset, num_workers=workers)))
+        messages.append(str(error.value))
+    assert messages[0] == messages[1]
 
 
 def test_probe(counting_video):
