@@ -42,8 +42,8 @@ from tqdm import tqdm
 
 import figures
 from advantage import frame_classes
-from data import (InputError, TALDataset, Video, collate, grid_to_seconds, open_features, probe, read_json,
-                  seconds_to_grid)
+from data import (InputError, TALDataset, Video, collate, grid_to_seconds, load_external_scores, open_features, probe,
+                  read_json, seconds_to_grid)
 from head import decode, nms_per_class
 
 DUPLICATE_TOLERANCE = 1e-3  # seconds
@@ -128,8 +128,8 @@ def score_bias(args) -> None:
     test, tiou = load_data(trained)[1], args.tiou or trained.tiou
     matched, result = score_test_set(model, test, trained, tiou, out)
     model.language.set_descriptions(unmatched_descriptions(model.config.descriptions))
-    unmatched = mean_average_precision(to_ground_truth(test.videos),
-                                       detect(model, test, trained.batch_size, trained.nms_sigma).predictions, tiou)
+    unmatched = mean_average_precision(to_ground_truth(test.videos), detect_as_trained(model, test, trained).predictions,
+                                       tiou)
     lap = language_advantage_on_performance(result["average"], unmatched["average"])
     print(f"\naverage mAP {100 * result['average']:.2f} %, with unmatched descriptions "
           f"{100 * unmatched['average']:.2f} %: LAP {100 * lap:.2f} %")
@@ -151,8 +151,9 @@ def find_in_video(args) -> None:
         duration, fps = probe(path)
     video = Video(path.stem, duration, fps, path=path)
     test = TALDataset([video], model.config.classes, trained.window, trained.stride, trained.num_frames,
-                      image_size=trained.image_size if model.vision else 0)
-    results = detect(model, test, trained.batch_size, trained.nms_sigma)
+                      image_size=trained.image_size if model.vision else 0, resize_to=trained.resize_to,
+                      frames_per_step=trained.frames_per_step)
+    results = detect_as_trained(model, test, trained)
     found = results.predictions[video.name]
     print(f"{path}: {duration:.1f} s; actions with a score of at least {args.min_score}:")
     for (start, end), label, score in zip(found["segments"], found["labels"], found["scores"]):
@@ -193,7 +194,7 @@ def score_test_set(model, test, trained, tiou: list, out: Path):
 
     Returns (Detections, what `mean_average_precision` returns).
     """
-    results = detect(model, test, trained.batch_size, trained.nms_sigma)
+    results = detect_as_trained(model, test, trained)
     result = mean_average_precision(to_ground_truth(test.videos), results.predictions, tiou)
     write_result(out / "result.json", results.predictions)
     print(format_table(result, tiou))
@@ -207,11 +208,19 @@ class Detections(NamedTuple):
     advantage: dict     # {video: (T,) predicted advantage}
 
 
+def detect_as_trained(model, test, trained) -> Detections:
+    """`detect` by the flags of the training."""
+    scores = trained.external_scores and load_external_scores(trained.external_scores, model.config.classes, test.videos)
+    return detect(model, test, trained.batch_size, scores, sigma=trained.nms_sigma, voting_threshold=trained.voting,
+                  max_per_class=trained.max_per_class, max_per_video=trained.max_per_video)
+
+
 @torch.no_grad()
-def detect(model, dataset, batch_size: int = 1, nms_sigma: float = 0.5) -> Detections:
+def detect(model, dataset, batch_size: int = 1, external_scores: dict | None = None, **nms) -> Detections:
     """Run the model over the sliding windows of a test set: merge the windows of each video, then soft-NMS.
 
-    model: ActionVLM. dataset: TALDataset with training=False. Segments are clamped to [0, duration].
+    model: ActionVLM. dataset: TALDataset with training=False. external_scores: {video: (K,)}, see `decode`. nms: of
+    `nms_per_class`. Segments are clamped to [0, duration].
     """
     model.eval()
     device, classes = next(model.parameters()).device, model.config.classes
@@ -220,15 +229,15 @@ def detect(model, dataset, batch_size: int = 1, nms_sigma: float = 0.5) -> Detec
     for batch in tqdm(loader, desc="detect", leave=False, dynamic_ncols=True, disable=None):
         output = model(batch.to(device))
         for b, window in enumerate(batch.windows):
+            external = external_scores and external_scores[window.video.name].to(device)
             segments, scores, labels = decode(*([level[b] for level in part] for part in output[:2]), output.points,
-                                              [m[b] for m in output.mask])
+                                              [m[b] for m in output.mask], external_scores=external)
             found[window.video.name].append((segments.cpu() + window.start, scores.cpu(), labels.cpu()))
             for name in steps if output.advantage is not None else ():
                 put_steps(steps[name], window, getattr(output, name)[b, :window.length].cpu().numpy())
     predictions = {}
     for video in dataset.videos:
-        segments, scores, labels = nms_per_class(*(torch.cat(part) for part in zip(*found[video.name])),
-                                                 sigma=nms_sigma)
+        segments, scores, labels = nms_per_class(*(torch.cat(part) for part in zip(*found[video.name])), **nms)
         seconds = grid_to_seconds(segments.numpy().astype(np.float64), video.fps, dataset.stride, dataset.num_frames)
         predictions[video.name] = {"segments": seconds.clip(0, video.duration), "scores": scores.numpy(),
                                    "labels": [classes[i] for i in labels]}

@@ -38,6 +38,8 @@ class Config:
     width: int = 512                    # of the detection head
     levels: int = 6                     # S
     head_window: int = 19               # attention window of the head in steps, 0 = global
+    ranges: list | None = None          # of the pyramid's levels, see DetectionHead
+    class_agnostic: bool = False        # the head finds actions; external video-level scores say which
     prior: float = 0.01                 # probability that every class starts at
 
     @property
@@ -70,8 +72,8 @@ class ActionVLM(nn.Module):
             self.language = LanguageModel(config.lm, config.descriptions, config.lora_rank, config.lora_alpha,
                                           config.layout, config.lang_tokens, config.lm_dtype)
         self.predict_advantage = AdvantagePredictor(D)
-        self.head = DetectionHead(D, C, config.width, config.levels, window=config.head_window,
-                                  prior=config.prior)
+        self.head = DetectionHead(D, 1 if config.class_agnostic else C, config.width, config.levels,
+                                  window=config.head_window, ranges=config.ranges, prior=config.prior)
         self.class_mean = ClassMeanLoss(C)
 
     @property
@@ -186,15 +188,15 @@ class VisionEncoder(nn.Module):
                 self.backbone.gradient_checkpointing_enable)({"use_reentrant": False})
 
     def forward(self, frames: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """frames (B, L, 3, H, W) uint8, mask (B, L) bool -> (B, L, V); L is a multiple of the clip length."""
-        L = mask.size(1)
-        if L % self.clip:
-            raise ValueError(f"expected a multiple of {self.clip} frames, found {L}")
+        """frames (B, L k, 3, H, W) uint8, mask (B, L) bool -> (B, L, V); L k is a multiple of the clip length."""
+        L, k = mask.size(1), frames.size(1) // mask.size(1)                              # k frames a step
+        if k * L % self.clip:
+            raise ValueError(f"expected a multiple of {self.clip} frames, found {k * L}")
         mean, std = (frames.new_tensor(m, dtype=torch.float32)[:, None, None] for m in (IMAGE_MEAN, IMAGE_STD))
         pixels = (frames / 255 - mean) / std
         steps = self.each_frame(pixels) if self.kind == "internvit" else self.each_clip(pixels)
         # Padding takes the last real step, or interpolation would mix it into the last real frame.
-        last = ((mask.sum(1) - 1) // self.tubelet).clamp(min=0)                          # (B,)
+        last = ((k * mask.sum(1) - 1) // self.tubelet).clamp(min=0)                          # (B,)
         index = torch.arange(steps.size(1), device=steps.device)[None].minimum(last[:, None])
         steps = steps.gather(1, index[..., None].expand_as(steps))                       # (B, L/tubelet, V)
         return rearrange(F.interpolate(rearrange(steps, "b t v -> b v t"), L, mode="linear"), "b v l -> b l v")

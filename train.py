@@ -28,8 +28,8 @@ from tqdm import tqdm
 
 import figures
 from advantage import advantage_loss, frame_classes, language_advantage
-from data import (PRESETS, VIDEO_SUFFIXES, InputError, TALDataset, collate, find_files, load_annotations,
-                  load_descriptions, make_demo, open_features, probe, subset_of)
+from data import (FEATURE_PRESETS, PRESETS, VIDEO_SUFFIXES, InputError, TALDataset, class_names, collate, find_files,
+                  load_annotations, load_descriptions, make_demo, open_features, probe, subset_of)
 from evaluate import score_test_set
 from head import detection_loss
 from model import TINY_VISION, ActionVLM, Config
@@ -92,8 +92,9 @@ class Run:
         return frame_classes(batch.segments, batch.labels, batch.mask.size(1), len(self.model.config.classes))
 
     def detection_loss(self, output, batch):
-        return detection_loss(output, batch.segments, batch.labels, self.model.head.loss_normalizer,
-                              self.args.lambda_loc, self.args.label_smoothing)
+        labels = [torch.zeros_like(l) for l in batch.labels] if self.model.config.class_agnostic else batch.labels
+        return detection_loss(output, batch.segments, labels, self.model.head.loss_normalizer, self.args.lambda_loc,
+                              self.args.label_smoothing)
 
     def step(self, loss: torch.Tensor, **terms) -> None:
         """One optimizer step: warm-up and cosine learning rate, clipped gradient, weight average."""
@@ -210,9 +211,10 @@ def log_epoch(out: Path, run: Run, kind: str, terms: dict, seconds_left: float) 
 
 # ------------------------------------------------------------------------------------------------ setup
 def get_args(argv=None) -> argparse.Namespace:
-    """Flags; the preset of --dataset gives the defaults, the command line wins."""
+    """Flags; the preset of --dataset gives the defaults, another one with --features; the command line wins."""
     parser = build_parser()
-    parser.set_defaults(**PRESETS[parser.parse_known_args(argv)[0].dataset])
+    known = parser.parse_known_args(argv)[0]
+    parser.set_defaults(**PRESETS[known.dataset] | (FEATURE_PRESETS.get(known.dataset, {}) if known.features else {}))
     return check_args(parser, parser.parse_args(argv))
 
 
@@ -224,14 +226,20 @@ def build_parser() -> argparse.ArgumentParser:
     group("--dataset", choices=sorted(PRESETS), default="demo", help="preset of flags (data.PRESETS)")
     group("--videos", help="folder of video files named as in the annotations: end to end")
     group("--features", help="folder of NAME.npy (T, V): instead of --videos")
-    group("--annotations", help="ActivityNet-format JSON, plain or gzip")
+    group("--annotations", help="ActivityNet-format JSON, plain or gzip; or the csv files of THUMOS14 or EPIC-Kitchens-100, "
+                                "or their folder")
+    group("--labels", choices=["verb", "noun"], default="verb", help="what is to be found in EPIC-Kitchens-100")
     group("--descriptions", help="JSON {label: sentence from start pose to end pose}")
     group("--train-subset", default="training", help="subset name to train on, in any case")
     group("--test-subset", default="validation", help="subset name to evaluate on")
+    group("--leave-out", nargs="+", default=[], metavar="VIDEO", help="videos to leave out of both subsets")
+    group("--skip-missing", action="store_true", help="go on without the videos that have no file")
     group("--window", type=int, default=768, help="L, steps of a window")
     group("--stride", type=int, default=4, help="video frames per step")
     group("--num-frames", type=int, default=0, help="video frames that one feature sees (I3D: 16; 0 end to end)")
-    group("--fps", type=float, default=0.0, help="frames per second where the annotations say none (0 = ask the file)")
+    group("--frames-per-step", type=int, default=1, help="frames read for a step, at even distances (end to end)")
+    group("--resize-to", type=int, default=0, help="steps that every whole video is resized to (0 = cut into windows)")
+    group("--fps", type=float, default=0.0, help="frames per second (0 = what the annotations, else the file, say)")
     group("--min-overlap", type=float, default=0.5, help="share of a segment inside a training window for it to count")
     group("--image-size", type=int, default=160, help="side of the crop, pixels")
     group("--resize", type=int, default=182, help="short side before the training crop, pixels")
@@ -257,6 +265,7 @@ def build_parser() -> argparse.ArgumentParser:
     group("--levels", type=int, default=6, help="levels of the pyramid")
     group("--width", type=int, default=512, help="width of the head")
     group("--head-window", type=int, default=19, help="attention window of the head in steps (0 = global)")
+    group("--ranges", type=json.loads, help="JSON list of [low, high] per level: boundary distances it finds, in steps")
     group("--prior", type=float, default=0.01, help="probability that every class starts at")
     group = parser.add_argument_group("training").add_argument
     group("--epochs", type=int, default=120, help="epochs, vision-only and vision-language in turn (0 = only evaluate)")
@@ -278,6 +287,11 @@ def build_parser() -> argparse.ArgumentParser:
     group("--overwrite", action="store_true", help="start over in a folder that holds another run")
     group("--tiou", type=float, nargs="+", default=[0.3, 0.4, 0.5, 0.6, 0.7], help="tIoU thresholds of the evaluation")
     group("--nms-sigma", type=float, default=0.5, help="sigma of soft-NMS")
+    group("--voting", type=float, default=0.0, help="tIoU of segment voting after it (0 = off)")
+    group("--max-per-class", type=int, default=0, help="most detections of a class in a video (0 = no limit)")
+    group("--max-per-video", type=int, default=200, help="most detections of a video (0 = no limit)")
+    group("--external-scores", help="JSON of video-level class scores: the head finds actions without class, and these "
+                                    "say which")
     group("--seed", type=int, default=0, help="seed of weights, order and augmentation")
     group("--device", default="cuda" if gpu else "cpu", help="cuda or cpu")
     group("--grad-checkpoint", choices=["on", "off"], default="on" if gpu else "off",
@@ -322,26 +336,31 @@ def load_data(args):
     """(training data set, test data set, descriptions) from the flags."""
     if args.dataset == "demo":
         make_demo(Path(args.annotations).parent)
-    videos = load_annotations(args.annotations)
-    classes = sorted({label for v in videos for label in v.labels})
+    notes = []
+    videos = load_annotations(args.annotations, args.labels, notes)
+    classes = class_names(args.annotations, videos, args.labels)
     descriptions = load_descriptions(args.descriptions, classes)
     if args.prompt == "labels":
         descriptions = {label: "" for label in descriptions}                     # Table 9 (a)
     folder, suffixes = (args.videos, VIDEO_SUFFIXES) if args.videos else (args.features, (".npy",))
-    common = dict(classes=classes, window=args.window, stride=args.stride, num_frames=args.num_frames,
-                  image_size=args.image_size if args.videos else 0, seed=args.seed)
+    common = dict(classes=classes, window=args.window, stride=args.stride, num_frames=args.num_frames, seed=args.seed,
+                  image_size=args.image_size if args.videos else 0, resize_to=args.resize_to,
+                  frames_per_step=args.frames_per_step)
     sets = []
     for subset in (args.train_subset, args.test_subset):
-        chosen = find_files(subset_of(videos, subset, args.annotations), folder, suffixes)
+        chosen = [v for v in subset_of(videos, subset, args.annotations) if v.name not in args.leave_out]
+        chosen = find_files(chosen, folder, suffixes, args.skip_missing, notes)
         sets.append([with_fps(v, args) for v in chosen])
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
     return (TALDataset(sets[0], training=True, min_overlap=args.min_overlap, resize=args.resize, **common),
             TALDataset(sets[1], **common), descriptions)
 
 
 def with_fps(video, args):
-    """The video with its frame rate: from the annotations, else --fps, else the file."""
-    fps = video.fps or args.fps or (probe(video.path)[1] if args.videos else 0)
-    if not fps:
+    """The video with its frame rate: --fps, else from the annotations, else from the file."""
+    fps = args.fps or video.fps or (probe(video.path)[1] if args.videos else 0)
+    if not fps and not args.resize_to:
         raise InputError(f"{args.annotations}: video '{video.name}': expected fps, found none; add it or give --fps")
     return replace(video, fps=fps)
 
@@ -361,7 +380,8 @@ def load_config(args, training: TALDataset, descriptions: dict) -> Config:
         lang_tokens=args.lang_tokens, use_vision=args.features_used == "both",
         feature_dim=open_features(training.videos[0].path).shape[1] if args.features else 0,
         lambda_lang=None if args.lambda_lang == "learned" else args.lambda_lang,
-        width=args.width, levels=args.levels, head_window=args.head_window, prior=args.prior)
+        width=args.width, levels=args.levels, head_window=args.head_window, ranges=args.ranges, prior=args.prior,
+        class_agnostic=bool(args.external_scores))
 
 
 def make_loader(run: "Run", dataset: TALDataset) -> DataLoader:

@@ -232,7 +232,6 @@ def test_presets_agree_with_themselves(name, classes):
     assert frames % 16 == 0                                              # VideoMAE reads clips of 16 frames
 
 
-@pytest.mark.xfail(reason="train.py lacks some flags of the presets", strict=True)
 def test_feature_presets_set_existing_flags_only():
     flags = set(vars(train.build_parser().parse_args([])))
     assert all(set(preset) <= flags for preset in data.FEATURE_PRESETS.values())

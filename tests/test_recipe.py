@@ -176,15 +176,15 @@ TWICE = {("v", 0): [(5, 1.0, 1.0, 0, 0.9)], ("v", 4): [(1, 1.0, 1.0, 0, 0.5)]}
 
 def test_merge_shifts_windows_and_decays_the_duplicate(tmp_path):
     # Equal segments, tIoU 1: the second score is decayed by exp(-1 / sigma).
-    assert detections(tmp_path, TWICE, {"v": 18}, nms_sigma=0.5) == {
+    assert detections(tmp_path, TWICE, {"v": 18}, sigma=0.5) == {
         "v": [(2.5, 3.5, "a", 0.9), (2.5, 3.5, "a", round(0.5 * math.exp(-2), 4))]}
-    assert detections(tmp_path, TWICE, {"v": 18}, nms_sigma=0.1) == {"v": [(2.5, 3.5, "a", 0.9)]}   # below .001: gone
+    assert detections(tmp_path, TWICE, {"v": 18}, sigma=0.1) == {"v": [(2.5, 3.5, "a", 0.9)]}   # below .001: gone
 
 
 def test_merge_keeps_other_classes_places_and_videos(tmp_path):
     found = {("v", 0): [(5, 1.0, 1.0, 0, 0.9)], ("v", 4): [(1, 1.0, 1.0, 1, 0.5), (5, 1.0, 1.0, 0, 0.4)],
              ("w", 0): [(5, 1.0, 1.0, 0, 0.3)]}
-    assert detections(tmp_path, found, {"v": 18, "w": 6}, nms_sigma=0.1) == {
+    assert detections(tmp_path, found, {"v": 18, "w": 6}, sigma=0.1) == {
         "v": [(2.5, 3.5, "a", 0.9), (2.5, 3.5, "b", 0.5), (4.5, 5.5, "a", 0.4)], "w": [(2.5, 3.5, "a", 0.3)]}
 
 
