@@ -29,7 +29,7 @@ EPIC = dict(
     train_subset="training", test_subset="validation", window=768, stride=16, num_frames=16, frames_per_step=8, fps=30,
     image_size=160, resize=182, min_overlap=0.3, batch_size=2, width=512, levels=6, head_window=0, epochs=120,
     ranges=[[0, 4], [2, 8], [4, 16], [8, 32], [16, 64], [32, 1e4]], tiou=[0.1, 0.2, 0.3, 0.4, 0.5], nms_sigma=0.4,
-    voting=0.75, max_per_video=2000)
+    voting=0.75, max_per_video=2000, workers=4)
 # One plain dict of train.py's flags per data set, end to end; a flag on the command line wins.
 PRESETS = {
     "custom": {},
@@ -44,12 +44,12 @@ PRESETS = {
         leave_out=["video_test_0000270", "video_test_0001292"],       # their annotations are known to be wrong
         window=768, stride=4, num_frames=0, image_size=160, resize=182, min_overlap=0.75, batch_size=1, width=512,
         levels=6, head_window=0, epochs=120, tiou=[0.3, 0.4, 0.5, 0.6, 0.7], nms_sigma=0.7, voting=0.7,
-        max_per_class=200, max_per_video=2000),
+        max_per_class=200, max_per_video=2000, workers=4),
     "activitynet": dict(
         descriptions=str(HERE / "descriptions/activitynet.json"), train_subset="training", test_subset="validation",
         resize_to=192, frames_per_step=4, window=192, image_size=160, resize=182, batch_size=4, width=256, levels=6,
         head_window=0, epochs=120, tiou=[0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95], nms_sigma=0.7,
-        voting=0.9, max_per_video=100),
+        voting=0.9, max_per_video=100, workers=4),
     "epic-verb": dict(EPIC, descriptions=str(HERE / "descriptions/epic_verb.json"), labels="verb"),
     "epic-noun": dict(EPIC, descriptions=str(HERE / "descriptions/epic_noun.json"), labels="noun"),
 }

@@ -211,21 +211,22 @@ class Detections(NamedTuple):
 def detect_as_trained(model, test, trained) -> Detections:
     """`detect` by the flags of the training."""
     scores = trained.external_scores and load_external_scores(trained.external_scores, model.config.classes, test.videos)
-    return detect(model, test, trained.batch_size, scores, sigma=trained.nms_sigma, voting_threshold=trained.voting,
-                  max_per_class=trained.max_per_class, max_per_video=trained.max_per_video)
+    return detect(model, test, trained.batch_size, scores, trained.workers, sigma=trained.nms_sigma,
+                  voting_threshold=trained.voting, max_per_class=trained.max_per_class, max_per_video=trained.max_per_video)
 
 
 @torch.no_grad()
-def detect(model, dataset, batch_size: int = 1, external_scores: dict | None = None, **nms) -> Detections:
+def detect(model, dataset, batch_size: int = 1, external_scores: dict | None = None, workers: int = 0,
+           **nms) -> Detections:
     """Run the model over the sliding windows of a test set: merge the windows of each video, then soft-NMS.
 
-    model: ActionVLM. dataset: TALDataset with training=False. external_scores: {video: (K,)}, see `decode`. nms: of
-    `nms_per_class`. Segments are clamped to [0, duration].
+    model: ActionVLM. dataset: TALDataset with training=False. external_scores: {video: (K,)}, see `decode`. workers:
+    processes that read. nms: of `nms_per_class`. Segments are clamped to [0, duration].
     """
     model.eval()
     device, classes = next(model.parameters()).device, model.config.classes
     found, steps = {v.name: [] for v in dataset.videos}, {"lambda_lang": {}, "advantage": {}}
-    loader = DataLoader(dataset, batch_size, collate_fn=partial(collate, multiple=model.multiple))
+    loader = DataLoader(dataset, batch_size, num_workers=workers, collate_fn=partial(collate, multiple=model.multiple))
     for batch in tqdm(loader, desc="detect", leave=False, dynamic_ncols=True, disable=None):
         output = model(batch.to(device))
         for b, window in enumerate(batch.windows):
