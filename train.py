@@ -12,6 +12,7 @@ import argparse
 import json
 import math
 import os
+import shutil
 import sys
 import time
 from copy import copy
@@ -157,6 +158,7 @@ def open_folder(out: Path, args) -> None:
             raise InputError(f"--out {out}: expected a folder without a run, found log.jsonl; go on with --resume, "
                              f"start over with --overwrite, or name another folder")
         (out / "log.jsonl").unlink()
+        shutil.rmtree(out / "tiny-lm", ignore_errors=True)                       # its tokenizer knew other descriptions
     out.mkdir(parents=True, exist_ok=True)
 
 
@@ -306,6 +308,8 @@ def check_args(parser, args):
         parser.error("--features: the demo reads videos; say --dataset custom")
     if bool(args.videos) == bool(args.features):
         parser.error("expected either --videos DIR (end to end) or --features DIR")
+    if args.features and args.vision != "tiny":
+        parser.error("--vision: with --features there is no vision encoder; leave one of them out")
     for flag in ("annotations", "descriptions"):
         if not getattr(args, flag):
             parser.error(f"expected --{flag} FILE")
@@ -349,7 +353,7 @@ def load_data(args):
     sets = []
     for subset in (args.train_subset, args.test_subset):
         chosen = [v for v in subset_of(videos, subset, args.annotations) if v.name not in args.leave_out]
-        chosen = find_files(chosen, folder, suffixes, args.skip_missing, notes)
+        chosen = find_files(chosen, folder, suffixes, args.skip_missing or args.dry_run, notes)
         sets.append([with_fps(v, args) for v in chosen])
     for note in notes:
         print(f"note: {note}", file=sys.stderr)

@@ -139,6 +139,21 @@ def test_custom_features_with_sliding_windows(features, tmp_path, capsys, layout
     assert evaluate.main(["--checkpoint", str(tmp_path), "--video", str(folder / "b.npy"), "--fps", "30", "--device", "cpu"]) == 0
 
 
+def test_class_agnostic_head_with_external_scores(features, tmp_path, capsys):
+    scores = {"results": {f"v_{name}": [0.9, 0.05] for name in "abc"}, "class": ["Jump", "Run"]}
+    (tmp_path / "scores.json").write_text(json.dumps(scores))
+    flags = [*map(str, features[1]), "--out", str(tmp_path / "out"), "--external-scores", str(tmp_path / "scores.json")]
+    assert train.main([*flags, "--resize-to", "32"]) == 0
+    with safe_open(tmp_path / "out/checkpoint.safetensors", "pt") as file:
+        assert file.get_tensor("model.head.cls_head.out.weight").shape[0] == 1
+    found = json.loads((tmp_path / "out/result.json").read_text())["results"]["c"]
+    assert {d["label"] for d in found} == {"Jump", "Run"} and found[0]["label"] == "Jump"    # the scores say which
+    del scores["results"]["v_c"]
+    (tmp_path / "scores.json").write_text(json.dumps(scores))
+    assert evaluate.main(["--checkpoint", str(tmp_path / "out"), "--device", "cpu"]) == 2
+    assert "scores.json: expected scores for every video and class, found none for c" in capsys.readouterr().err
+
+
 @pytest.fixture(scope="module")
 def videomae_file(tmp_path_factory):
     """A VideoMAE of width 48 as its authors save it: the names of the original file, and what it also holds."""
