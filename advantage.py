@@ -40,7 +40,7 @@ class ClassMeanLoss(nn.Module):
 
     def sync(self) -> None:
         """Add up the sums and counts of all processes (after a vision-only epoch); does nothing in a single one."""
-        if dist.is_available() and dist.is_initialized():
+        if dist.is_initialized():
             dist.all_reduce(self.total)
             dist.all_reduce(self.count)
 

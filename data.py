@@ -14,6 +14,7 @@ import gzip
 import json
 import math
 from collections import Counter
+from copy import copy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -151,6 +152,14 @@ class TALDataset(Dataset):
 
     def __len__(self):
         return len(self.items)
+
+    def share(self, rank: int, processes: int) -> "TALDataset":
+        """The part of one of several processes: every so many-th video, with all of its windows."""
+        part = copy(self)
+        part.videos = self.videos[rank::processes]
+        names = {v.name for v in part.videos}
+        part.items = [item for item in self.items if item[0].name in names]
+        return part
 
     def steps(self, video: Video) -> int:
         """Number of steps T of a video: rows of its feature file, or frames at `stride` within its duration."""

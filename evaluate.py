@@ -37,6 +37,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -196,7 +197,8 @@ def score_test_set(model, test, trained, tiou: list, out: Path):
     """
     results = detect_as_trained(model, test, trained)
     result = mean_average_precision(to_ground_truth(test.videos), results.predictions, tiou)
-    write_result(out / "result.json", results.predictions)
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        write_result(out / "result.json", results.predictions)
     print(format_table(result, tiou))
     return results, result
 
@@ -209,10 +211,18 @@ class Detections(NamedTuple):
 
 
 def detect_as_trained(model, test, trained) -> Detections:
-    """`detect` by the flags of the training."""
+    """`detect` by the flags of the training. Of several processes each takes its share of the videos; all get all."""
+    rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    share = test.share(rank, processes)
     scores = trained.external_scores and load_external_scores(trained.external_scores, model.config.classes, test.videos)
-    return detect(model, test, trained.batch_size, scores, trained.workers, sigma=trained.nms_sigma,
-                  voting_threshold=trained.voting, max_per_class=trained.max_per_class, max_per_video=trained.max_per_video)
+    own = detect(model, share, trained.batch_size, scores, trained.workers, sigma=trained.nms_sigma,
+                 voting_threshold=trained.voting, max_per_class=trained.max_per_class, max_per_video=trained.max_per_video)
+    if processes == 1:
+        return own
+    parts = [None] * processes
+    dist.all_gather_object(parts, own)
+    return Detections(*({v.name: column[v.name] for v in test.videos if v.name in column}
+                        for column in ({k: x for part in parts for k, x in part[i].items()} for i in range(3))))
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
@@ -34,7 +35,7 @@ class DetectionLoss(NamedTuple):
     loss_cls: Tensor      # (), its first term: focal loss / M
     loss_loc: Tensor      # (), its second term before lambda_loc: DIoU loss of the positives / M
     frame_loss: Tensor    # (B, L), unnormalised, without gradient, 0 on padding (feeds Eq. 1)
-    num_positive: Tensor  # (), positive points of the batch
+    num_positive: Tensor  # (), positive points of the batch, in all processes
 
 
 class DetectionHead(nn.Module):
@@ -204,6 +205,7 @@ def detection_loss(output: HeadOutput, segments: list[Tensor], labels: list[Tens
     segments: B x (N_b, 2), grid units; labels: B x (N_b,) int; N_b = 0 is a clip without actions.
     normalizer: M, `DetectionHead.loss_normalizer`, an exponential mean (momentum .9) of the number of
     positive points (at least 1); it is updated in place before its use unless `update_normalizer` is False.
+    With several processes the points of all count, and the loss is as many times larger: gradients are averaged.
     label_smoothing: s in y(1-s) + s/(C+1).
     """
     device, num_classes = output.cls_logits[0].device, output.cls_logits[0].shape[-1]
@@ -213,7 +215,9 @@ def detection_loss(output: HeadOutput, segments: list[Tensor], labels: list[Tens
                 for s, y in zip(segments, labels, strict=True)]
     cls_targets, loc_targets = (torch.stack(t) for t in zip(*assigned))  # (B, P, C), (B, P, 2)
     positive = (cls_targets.sum(-1) > 0) & valid
-    num_positive = positive.sum()
+    num_positive, processes = positive.sum(), dist.get_world_size() if dist.is_initialized() else 1
+    if processes > 1:
+        dist.all_reduce(num_positive)
     if update_normalizer:
         normalizer.lerp_(num_positive.clamp(min=1).to(normalizer.dtype), 0.1)
 
@@ -221,7 +225,7 @@ def detection_loss(output: HeadOutput, segments: list[Tensor], labels: list[Tens
     # Masked sums instead of boolean indexing: no shape depends on the data, so a GPU is never waited for.
     focal = sigmoid_focal_loss(logits, cls_targets).sum(-1).masked_fill(~valid, 0)  # (B, P)
     diou = diou_loss(offsets.flatten(0, 1), loc_targets.flatten(0, 1)).view_as(focal).masked_fill(~positive, 0)
-    m = normalizer.clone()  # backward must not see a later update
+    m = normalizer / processes  # a copy: backward must not see a later update
     # Eq. 6
     loss_cls, loss_loc = focal.sum() / m, diou.sum() / m
     loss_dh = loss_cls + lambda_loc * loss_loc

@@ -40,6 +40,7 @@ class Config:
     head_window: int = 19               # attention window of the head in steps, 0 = global
     ranges: list | None = None          # of the pyramid's levels, see DetectionHead
     class_agnostic: bool = False        # the head finds actions; external video-level scores say which
+    drop_path: float = 0.1              # of the head: probability that a residual branch is skipped in training
     prior: float = 0.01                 # probability that every class starts at
 
     @property
@@ -73,7 +74,8 @@ class ActionVLM(nn.Module):
                                           config.layout, config.lang_tokens, config.lm_dtype)
         self.predict_advantage = AdvantagePredictor(D)
         self.head = DetectionHead(D, 1 if config.class_agnostic else C, config.width, config.levels,
-                                  window=config.head_window, ranges=config.ranges, prior=config.prior)
+                                  window=config.head_window, drop_path=config.drop_path, ranges=config.ranges,
+                                  prior=config.prior)
         self.class_mean = ClassMeanLoss(C)
 
     @property

@@ -5,6 +5,7 @@
     python train.py --dataset custom --videos DIR --annotations FILE --descriptions FILE
     python train.py ... --dry-run                   # load everything, say what was found, run one batch, write nothing
     python train.py ... --resume                    # go on from the checkpoint in --out
+    torchrun --nproc_per_node 4 train.py ...        # on several GPUs; --batch-size is of each
 
 Writes into --out: checkpoint.safetensors, log.jsonl, result.json (ActivityNet format), report.png.
 """
@@ -15,16 +16,18 @@ import os
 import shutil
 import sys
 import time
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, DistributedSampler
 from tqdm import tqdm
 
 import figures
@@ -74,18 +77,19 @@ class Run:
     def __init__(self, model: ActionVLM, args, steps_per_epoch: int):
         self.model, self.args, self.steps_per_epoch = model, args, steps_per_epoch
         self.device = torch.device(args.device)
-        model.to(self.device)
         self.optimizer = torch.optim.AdamW(parameter_groups(model, args), betas=(0.9, 0.999), fused=True)
         self.ema = {n: p.detach().clone() for n, p in trained_parameters(model)} if args.ema else {}
-        self.epoch, self.global_step, self.terms = 0, 0, []
+        self.epoch, self.global_step, self.micro_steps, self.terms = 0, 0, 0, []
 
     def batches(self, loader, kind: str):
         """Batches on the device, behind a progress bar with the time left of this epoch."""
         self.started = time.time()
         loader.dataset.epoch = self.epoch
         loader.generator.manual_seed(self.args.seed * 100003 + self.epoch)       # the order depends on the epoch alone
+        if dist.is_initialized():
+            loader.sampler.set_epoch(self.epoch)
         bar = tqdm(loader, desc=f"epoch {self.epoch + 1}/{self.args.epochs} {kind}", leave=False, dynamic_ncols=True,
-                   disable=None)
+                   disable=None if first_process() else True)
         for batch in bar:
             yield batch.to(self.device)
 
@@ -98,23 +102,36 @@ class Run:
                               self.args.label_smoothing)
 
     def step(self, loss: torch.Tensor, **terms) -> None:
+        """Adds up gradients; after --accumulate calls (or at the end of the epoch) one optimizer step."""
+        (loss / self.args.accumulate).backward()
+        self.terms.append({"loss": loss.detach(), **{k: v.detach() for k, v in terms.items()}})
+        self.micro_steps += 1
+        if self.micro_steps == self.args.accumulate:
+            self.update()
+
+    def update(self) -> None:
         """One optimizer step: warm-up and cosine learning rate, clipped gradient, weight average."""
         factor = lr_factor(self.global_step, self.steps_per_epoch, self.args.epochs, self.args.warmup_epochs)
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
-        self.optimizer.zero_grad(set_to_none=True)       # parameters without gradient (language, in turn) are skipped
-        loss.backward()
+        average_gradients(self.model)
         nn.utils.clip_grad_norm_(self.model.parameters(), self.args.clip)
-        self.optimizer.step()
+        self.optimizer.step()                            # parameters without gradient (language, in turn) are skipped
+        self.optimizer.zero_grad(set_to_none=True)
         if self.args.ema:
             average, current = list(self.ema.values()), [p.detach() for _, p in trained_parameters(self.model)]
             torch._foreach_lerp_(average, current, 1 - self.args.ema)
-        self.global_step += 1
-        self.terms.append({"loss": loss.detach(), **{k: v.detach() for k, v in terms.items()}})
+        self.global_step, self.micro_steps = self.global_step + 1, 0
 
     def end_epoch(self) -> dict:
-        """Mean of every term over the epoch; non-finite losses stop the run."""
-        means = {k: torch.stack([t[k] for t in self.terms]).mean().item() for k in self.terms[0]}
+        """Mean of every term over the epoch, and all processes; non-finite losses stop the run."""
+        if self.micro_steps:
+            self.update()
+        terms = torch.stack([torch.stack(list(t.values())) for t in self.terms]).mean(0)
+        if dist.is_initialized():
+            dist.all_reduce(terms)
+            terms /= dist.get_world_size()
+        means = dict(zip(self.terms[0], terms.tolist()))
         self.terms, self.epoch = [], self.epoch + 1
         if not math.isfinite(means["loss"]):
             raise InputError(f"epoch {self.epoch}: the loss is not finite: {means}; lower --lr or look at the inputs")
@@ -124,26 +141,23 @@ class Run:
 def main(argv=None) -> int:
     """The whole run: data, model, Algorithm 1, evaluation, report."""
     args = get_args(argv)
+    join_processes(args)
     torch.manual_seed(args.seed)
     out = Path(args.out)
     try:
-        open_folder(out, args)
-        training, test, descriptions = load_data(args)
-        model = ActionVLM(load_config(args, training, descriptions))
-        if model.vision is not None and args.vision != "tiny" and not args.resume:
-            unused = model.vision.load(args.vision)
-            print(f"--vision {args.vision}: {model.config.vision['num_hidden_layers']} layers of width {model.vision.dim}"
-                  + (f"; not used: {', '.join(unused[:6])}{', ...' if unused[6:] else ''}" if unused else ""))
-        if model.language is not None:
-            model.language.check_length(args.window)
-        if args.grad_checkpoint == "on":
-            model.checkpointing()
-        run = Run(model, args, steps_per_epoch=math.ceil(len(training) / args.batch_size))
-        if args.resume:
-            load_checkpoint(out / "checkpoint.safetensors", run)
-        else:
+        with first_process_first():
+            open_folder(out, args)
+            training, test, descriptions = load_data(args)
+            config = load_config(args, training, descriptions)
+        model = build_model(config, args).to(args.device)
+        if not args.resume:
             some = range(0, len(training), max(1, len(training) // 16))          # 16 videos or a few more
             model.calibrate(collate([training[i]], model.multiple).to(args.device) for i in some)
+        same_start(model, args.seed)
+        processes = dist.get_world_size() if dist.is_initialized() else 1
+        run = Run(model, args, steps_per_epoch=math.ceil(len(training) / processes / args.batch_size / args.accumulate))
+        if args.resume:
+            load_checkpoint(out / "checkpoint.safetensors", run)
         (dry_run if args.dry_run else train)(run, training, test, out)
         return 0
     except InputError as error:
@@ -151,8 +165,24 @@ def main(argv=None) -> int:
         return 2
 
 
+def build_model(config: Config, args) -> ActionVLM:
+    """The model with its published weights, checked against the lengths that the flags ask for."""
+    model = ActionVLM(config)
+    if model.vision is not None and args.vision != "tiny" and not args.resume:
+        unused = model.vision.load(args.vision)
+        print(f"--vision {args.vision}: {config.vision['num_hidden_layers']} layers of width {model.vision.dim}"
+              + (f"; not used: {', '.join(unused[:6])}{', ...' if unused[6:] else ''}" if unused else ""))
+    if model.language is not None:
+        model.language.check_length(args.resize_to or args.window)
+    if args.grad_checkpoint == "on":
+        model.checkpointing()
+    return model
+
+
 def open_folder(out: Path, args) -> None:
     """Make --out ready: a new run needs a folder without another run's files, or --overwrite."""
+    if not first_process():
+        return
     if not (args.resume or args.dry_run) and (out / "log.jsonl").exists():
         if not args.overwrite:
             raise InputError(f"--out {out}: expected a folder without a run, found log.jsonl; go on with --resume, "
@@ -167,16 +197,20 @@ def train(run: Run, training: TALDataset, test: TALDataset, out: Path) -> None:
     args, model = run.args, run.model
     loader = make_loader(run, training)
     describe(run, training, test)
-    started, first = time.time(), run.epoch
-    save_checkpoint(out / "checkpoint.safetensors", run)
+    started, first, writes = time.time(), run.epoch, first_process()             # one process writes
+    if writes:
+        save_checkpoint(out / "checkpoint.safetensors", run)
     for epoch in range(run.epoch, args.epochs):
         with_language = model.language is not None and (epoch % 2 == 1 or not model.config.use_vision)
         terms = (vision_language_epoch if with_language else vision_only_epoch)(run, loader)
         left = (time.time() - started) / (run.epoch - first) * (args.epochs - run.epoch)
-        log_epoch(out, run, "vision-language" if with_language else "vision-only", terms, left)
-        save_checkpoint(out / "checkpoint.safetensors", run)
+        if writes:
+            log_epoch(out, run, "vision-language" if with_language else "vision-only", terms, left)
+            save_checkpoint(out / "checkpoint.safetensors", run)
     use_average(run)
     results, _ = score_test_set(model, test, args, args.tiou, out)
+    if not writes:
+        return
     figures.report(out / "report.png", read_log(out / "log.jsonl"), test.videos, results)
     print(f"{time.time() - started:.0f} s; wrote checkpoint.safetensors, log.jsonl, result.json, report.png to {out}")
 
@@ -209,6 +243,53 @@ def log_epoch(out: Path, run: Run, kind: str, terms: dict, seconds_left: float) 
         print("          class means: " + ", ".join(f"{n} {m:.3f}" for n, m in row["class_mean"].items()))
     earlier = [r for r in read_log(out / "log.jsonl") if r["epoch"] < run.epoch]      # none repeated after a resume
     (out / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in [*earlier, row]))
+
+
+# ------------------------------------------------------------------------------------------------ processes
+def join_processes(args) -> None:
+    """Under torchrun: join the others, take a GPU of one's own, and leave printing to the first process."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
+        return
+    if args.device == "cuda":
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(args.device)
+    dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
+    if not first_process():
+        sys.stdout = open(os.devnull, "w")
+
+
+def first_process() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+@contextmanager
+def first_process_first():
+    """The others enter when the first process has left: it writes files that they read."""
+    if not first_process():
+        dist.barrier()
+    yield
+    if first_process() and dist.is_initialized():
+        dist.barrier()
+
+
+def same_start(model: ActionVLM, seed: int) -> None:
+    """What is trained starts the same in all processes; their random numbers differ from here on."""
+    if dist.is_initialized():
+        for tensor in model_state(model).values():
+            dist.broadcast(tensor, 0)
+        if not first_process():
+            torch.manual_seed(seed + 1000 * dist.get_rank())
+
+
+def average_gradients(model: ActionVLM) -> None:
+    """Every gradient becomes its mean over all processes, which run the same kind of epoch; does nothing in one."""
+    if dist.is_initialized():
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        together = torch.cat([g.flatten() for g in gradients])
+        dist.all_reduce(together)
+        together /= dist.get_world_size()
+        for gradient, mean in zip(gradients, together.split([g.numel() for g in gradients])):
+            gradient.copy_(mean.view_as(gradient))
 
 
 # ------------------------------------------------------------------------------------------------ setup
@@ -272,7 +353,9 @@ def build_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("training").add_argument
     group("--epochs", type=int, default=120, help="epochs, vision-only and vision-language in turn (0 = only evaluate)")
     group("--warmup-epochs", type=float, default=5, help="epochs of linear warm-up")
-    group("--batch-size", type=int, default=1, help="windows per step")
+    group("--batch-size", type=int, default=1, help="windows at a time (in every process)")
+    group("--accumulate", type=int, default=1, help="batches whose gradients make one step")
+    group("--drop-path", type=float, default=0.1, help="probability that a branch of the head is skipped in training")
     group("--lr", type=float, default=1e-4, help="learning rate of head, projection, special tokens, FC")
     group("--lr-vision", type=float, default=5e-6, help="learning rate of the vision encoder")
     group("--lr-lm", type=float, default=5e-6, help="learning rate of LoRA")
@@ -317,7 +400,7 @@ def check_args(parser, args):
         parser.error("--features-used language: there is nothing to weigh; leave out --lambda-lang")
     if args.epochs < 0:
         parser.error(f"--epochs: expected 0 (evaluate the untrained model) or more, found {args.epochs}")
-    for flag in ("window", "stride", "batch_size", "levels", "width"):
+    for flag in ("window", "stride", "batch_size", "accumulate", "levels", "width"):
         if getattr(args, flag) < 1:
             parser.error(f"--{flag.replace('_', '-')}: expected at least 1, found {getattr(args, flag)}")
     return args
@@ -385,12 +468,13 @@ def load_config(args, training: TALDataset, descriptions: dict) -> Config:
         feature_dim=open_features(training.videos[0].path).shape[1] if args.features else 0,
         lambda_lang=None if args.lambda_lang == "learned" else args.lambda_lang,
         width=args.width, levels=args.levels, head_window=args.head_window, ranges=args.ranges, prior=args.prior,
-        class_agnostic=bool(args.external_scores))
+        drop_path=args.drop_path, class_agnostic=bool(args.external_scores))
 
 
 def make_loader(run: "Run", dataset: TALDataset) -> DataLoader:
-    """Shuffled batches; the order depends on the loader's generator alone."""
-    return DataLoader(dataset, run.args.batch_size, shuffle=True, num_workers=run.args.workers,
+    """Shuffled batches; the order depends on seed and epoch alone. Of several processes each has its share."""
+    sampler = DistributedSampler(dataset, seed=run.args.seed) if dist.is_initialized() else None
+    return DataLoader(dataset, run.args.batch_size, shuffle=sampler is None, sampler=sampler, num_workers=run.args.workers,
                       collate_fn=partial(collate, multiple=run.model.multiple), generator=torch.Generator())
 
 

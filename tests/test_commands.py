@@ -1,5 +1,6 @@
 """The commands of the README, run small: train on videos and on features, resume, evaluate, look at one video."""
 import json
+import os
 import re
 import subprocess
 import sys
@@ -109,6 +110,9 @@ def test_an_untrained_model_scores_near_zero(demo, tmp_path, capsys):
     flags = [str(f) for f in demo[1]] + ["--epochs", "0", "--out", str(tmp_path)]
     assert train.main(flags) == 0
     assert float(table(capsys.readouterr().out)[2].split("|")[-2]) < 5
+    with safe_open(tmp_path / "checkpoint.safetensors", "pt") as file:              # the average starts where the model does
+        for name in ("project.weight", "project.bias", "head.scales"):
+            assert torch.equal(file.get_tensor(f"model.{name}"), file.get_tensor(f"ema.{name}"))
 
 
 @pytest.fixture(scope="module")
@@ -220,6 +224,44 @@ def test_every_ablation_runs_and_can_be_evaluated(features, tmp_path, capsys, fl
     printed = capsys.readouterr().out
     assert evaluate.main(["--checkpoint", str(tmp_path), "--device", "cpu"]) == 0
     assert table(capsys.readouterr().out) == table(printed)
+
+
+SPY = """
+import os, sys, torch, train
+original = train.train
+def spied(run, *rest):
+    original(run, *rest)
+    torch.save({n: p.detach() for n, p in run.model.state_dict().items()}, f"{sys.argv[1]}/rank{os.environ.get('RANK', 0)}.pt")
+train.train = spied
+sys.exit(train.main(sys.argv[2:]))
+"""
+
+
+def test_two_processes_equal_one_with_the_doubled_batch(features, tmp_path):
+    """Every window is resized to one length: losses that are means over frames are then means of the processes'."""
+    (tmp_path / "spy.py").write_text(SPY)
+    flags = [*features[1], "--resize-to", 32, "--drop-path", 0, "--epochs", 6, "--warmup-epochs", 1, "--lr", 1e-3,
+             "--lr-lm", 1e-3]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", 29611]
+    for words in ([*torchrun, tmp_path / "spy.py", tmp_path, *flags, "--batch-size", 1, "--out", tmp_path / "two"],
+                  [tmp_path / "spy.py", tmp_path / "one", *flags, "--batch-size", 2, "--out", tmp_path / "one"]):
+        done = command(*words, env=env)
+        assert done.returncode == 0, done.stderr
+    first, second, alone = (torch.load(tmp_path / name) for name in ("rank0.pt", "rank1.pt", "one/rank0.pt"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    for name in first:
+        torch.testing.assert_close(first[name], alone[name], atol=1e-5, rtol=1e-5, msg=lambda m: f"{name}: {m}")
+    rows = [[json.loads(line) for line in (tmp_path / out / "log.jsonl").read_text().splitlines()] for out in ("two", "one")]
+    assert len(rows[0]) == 6
+    for a, b in zip(*rows):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-4) and a.get("class_mean") == pytest.approx(b.get("class_mean"), abs=2e-4)
+    assert (tmp_path / "two/result.json").exists()
+
+
+def test_accumulated_batches_make_one_step(features, tmp_path):
+    assert train.main([*map(str, features[1]), "--out", str(tmp_path), "--accumulate", "2", "--epochs", "3"]) == 0
+    assert [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()] == [1, 2, 3]
 
 
 @pytest.mark.parametrize("change, message", [
