@@ -3,28 +3,38 @@
     python benchmark.py detector                  # metric, soft-NMS, detection head: one Markdown table
     python benchmark.py detector --only mAP       # the rows that have "mAP" in their name
     python benchmark.py data                      # reading one window, from a video and from features
+    python benchmark.py full-size                 # training and inference of the paper's models, random weights
 
 Inputs are random but seeded, and built here. A figure is the median of at least five runs after one that does not count.
 The exit code is 1 if a row missed its limit.
 """
 import argparse
 import platform
+import re
 import sys
 import tempfile
 import time
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
 
-from data import TALDataset, Video, write_video
+import vlm
+from data import Batch, TALDataset, Video, read_json, write_video
 from evaluate import mean_average_precision
 from head import (DetectionHead, HeadOutput, decode, detection_loss, nms_per_class, pyramid_points,
                   window_attention)
+from model import ActionVLM, Config
+from train import Run, vision_language_epoch, vision_only_epoch
+from train import get_args as get_train_args
 
 
 class Row(NamedTuple):
@@ -39,6 +49,8 @@ class Row(NamedTuple):
 
 def main(argv=None) -> int:
     args = get_args(argv)
+    if args.what == "full-size":
+        return full_size(args.device)
     rows, notes = BENCHMARKS[args.what]
     rows = [row for row in rows if args.only.lower() in row.what.lower()]
     if not rows:
@@ -63,8 +75,9 @@ def main(argv=None) -> int:
 
 def get_args(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=sorted(BENCHMARKS), help="which table")
+    parser.add_argument("what", choices=[*sorted(BENCHMARKS), "full-size"], help="which table")
     parser.add_argument("--only", default="", metavar="NAME", help="only the rows with NAME in them, in any case")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of full-size")
     return parser.parse_args(argv)
 
 
@@ -261,6 +274,135 @@ def read_window(dataset: TALDataset, folder):
     window = dataset[0]
     torch.set_num_threads(threads)
     return window
+
+
+# ------------------------------------------------------------------------------------------------ full size
+VISION = {"S": dict(hidden_size=384, num_attention_heads=6, intermediate_size=1536),
+          "B": dict(hidden_size=768, num_attention_heads=12, intermediate_size=3072)}
+QWEN = {"1.5B": dict(hidden_size=1536, num_hidden_layers=28, num_attention_heads=12, intermediate_size=8960),
+        "3B": dict(hidden_size=2048, num_hidden_layers=36, num_attention_heads=16, intermediate_size=11008)}
+REPEATS = 5
+CAP = 24                                        # GiB of the GPU that the models may use
+
+
+def full_size(device: str) -> int:
+    """Prints a row for each model: memory and time of a training step and of inference, with and without language."""
+    reduced = not device.startswith("cuda")
+    peak = 0.0
+    print(machine() if reduced else f"{torch.cuda.get_device_name()}; torch {torch.__version__}")
+    if not reduced:
+        peak = matmul_peak(device)
+        torch.cuda.set_per_process_memory_fraction(min(1.0, CAP * 2**30 / torch.cuda.get_device_properties(0).total_memory))
+        print(f"at most {CAP} GiB of its memory; {peak / 1e12:.0f} TFLOPs measured in bfloat16 matrix products")
+    print("\n| model | parameters | peak memory | step, vision only | step, vision-language | ratio | inference, vision only "
+          "/ full | tokens/s in training | FLOPs of a step, MFU |\n|:--|" + "--:|" * 8)
+    for vision in VISION:
+        for qwen in QWEN:
+            print(full_size_row(vision, qwen, device, reduced, peak), flush=True)
+    print(f"\n{'Reduced sizes, because there is no GPU: 2 layers, an eighth of the width, 32 frames of 32 x 32. ' * reduced}"
+          "Random weights, one window of 768 frames of 160 x 160, the 20 classes of THUMOS14, LoRA of rank 128, activation "
+          "checkpointing, AdamW and weight average in the step. MFU: FLOPs without recomputation over the peak.")
+    return 0
+
+
+def full_size_row(vision: str, qwen: str, device: str, reduced: bool, peak: float) -> str:
+    """One Markdown row; memory is 0 where it cannot be asked for (CPU)."""
+    run, batch = random_run(vision, qwen, device, reduced)
+    run.model.checkpointing()
+    flops = step_flops(run, batch, True)
+    if not reduced:
+        torch.cuda.reset_peak_memory_stats()
+    without, full = timed(device, partial(train_step, run, batch, False)), timed(device, partial(train_step, run, batch, True))
+    memory = torch.cuda.max_memory_allocated() / 2**30 if not reduced else 0
+    run.model.eval()
+    with torch.no_grad():
+        infer = [timed(device, partial(run.model, batch, use_language)) for use_language in (False, True)]
+    tokens = run.model.language.sequence_length(batch.mask.size(1))
+    parameters = sum(p.numel() for p in run.model.parameters())
+    mfu = f"{flops / full / peak:.0%}" if peak else "-"
+    return (f"| ActionVLM-{vision}-{qwen}{', reduced' * reduced} | {parameters / 1e6:,.0f} M | {memory:.1f} GiB | "
+            f"{duration(without)} | {duration(full)} | {full / without:.2f} | {duration(infer[0])} / {duration(infer[1])}, "
+            f"{infer[1] / infer[0]:.2f} | {tokens / full:,.0f} | {flops / 1e12:.3g} TFLOPs, {mfu} |")
+
+
+def random_run(vision: str, qwen: str, device: str, reduced: bool):
+    """(Run of a model with random weights, batch of one window of random frames)."""
+    torch.manual_seed(0)
+    L, side = (32, 32) if reduced else (768, 160)
+    descriptions = read_json(Path(__file__).parent / "descriptions/thumos14.json")
+    args = get_train_args(["--dataset", "thumos14", "--videos", "-", "--annotations", "-", "--device", device,
+                           "--window", str(L), "--lora-rank", "8" if reduced else "128"])
+    sizes = {k: v // 8 if reduced and k.endswith("_size") else 2 if reduced and k.endswith("layers") else v
+             for k, v in VISION[vision].items()}
+    config = Config(descriptions, "random", QWEN[qwen]["hidden_size"] // (8 if reduced else 1), dtype=args.dtype,
+                    vision=dict(sizes, image_size=side, pretrained_image_size=224, num_hidden_layers=2 if reduced else 12),
+                    lora_rank=args.lora_rank, lora_alpha=args.lora_alpha, head_window=0)
+    with random_language_model(qwen, reduced):
+        run = Run(ActionVLM(config).to(device), args, steps_per_epoch=1000)
+    frames = torch.randint(0, 256, (1, L, 3, side, side), dtype=torch.uint8)
+    segments = torch.tensor([[0.1, 0.3], [0.5, 0.6]]) * L
+    return run, Batch(frames, torch.ones(1, L, dtype=torch.bool), [segments], [torch.tensor([0, 5])], []).to(device)
+
+
+@contextmanager
+def random_language_model(qwen: str, reduced: bool):
+    """Within: a language model is not read from a folder, but made with Qwen2.5's sizes and random weights."""
+    def make(folder, dtype):
+        sizes = {k: v // 8 if reduced and k.endswith("_size") else 2 if reduced and k.endswith("layers") else v
+                 for k, v in QWEN[qwen].items()}
+        config = Qwen2Config(vocab_size=2000 if reduced else 151936, num_key_value_heads=2, tie_word_embeddings=True, **sizes)
+        with tempfile.TemporaryDirectory() as folder:
+            descriptions = read_json(Path(__file__).parent / "descriptions/thumos14.json")
+            vlm.make_tiny_lm(Path(folder) / "lm", [vlm.instruction(descriptions)])
+            tokenizer = AutoTokenizer.from_pretrained(Path(folder) / "lm")
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa"), tokenizer
+    original, vlm.load_language_model = vlm.load_language_model, make
+    try:
+        yield
+    finally:
+        vlm.load_language_model = original
+
+
+class OneBatch(list):
+    """One batch in place of a DataLoader."""
+    def __init__(self, batch):
+        super().__init__([batch])
+        self.dataset, self.generator = SimpleNamespace(), torch.Generator()
+
+
+def train_step(run: Run, batch: Batch, use_language: bool) -> None:
+    """One step of Algorithm 1's epoch of this kind, as train.py does it."""
+    (vision_language_epoch if use_language else vision_only_epoch)(run, OneBatch(batch))
+
+
+def step_flops(run: Run, batch: Batch, use_language: bool) -> int:
+    """FLOPs of the matrix products in a training step, without what activation checkpointing computes again."""
+    with FlopCounterMode(display=False) as counter:
+        train_step(run, batch, use_language)
+    with FlopCounterMode(display=False) as forward, torch.no_grad():
+        run.model.train()(batch, use_language)
+    again = {m for m in run.model.modules() if getattr(m, "gradient_checkpointing", False)}
+    names = {f"ActionVLM.{name}" for name, m in run.model.named_modules() if m in again}
+    return counter.get_total_flops() - sum(sum(ops.values()) for name, ops in forward.get_flop_counts().items()
+                                           if name in names and re.search(r"layers?\.\d+$", name))
+
+
+def timed(device: str, step: Callable) -> float:
+    """Median seconds of a call, after one to warm up."""
+    times = []
+    for _ in range(REPEATS + 1):
+        start = time.perf_counter()
+        step()
+        if device.startswith("cuda"):
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return float(np.median(times[1:]))
+
+
+def matmul_peak(device: str, n: int = 8192) -> float:
+    """FLOPs a second of bfloat16 matrix products of n x n."""
+    a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
+    return 2 * n ** 3 / timed(device, lambda: a @ b)
 
 
 THUMOS = dict(videos=213, classes=20, segments=3300, thresholds=np.linspace(0.3, 0.7, 5))

@@ -30,7 +30,7 @@ class Config:
     vision: dict = field(default_factory=dict)   # what the vision encoder is, see VisionEncoder
     lora_rank: int = 128
     lora_alpha: int = 256
-    lm_dtype: str = "float32"           # or "bfloat16": of the frozen language model
+    dtype: str = "float32"              # or "bfloat16": of frozen weights and of encoder's and language model's arithmetic
     layout: str = "frames-first"        # or "text-first", see vlm.py
     lang_tokens: str = "special"        # or "shared", "vision": whose hidden states are F_lang (Table 9)
     lambda_lang: float | str | None = None   # None: predicted (Eq. 4); "generated" or a number (Table 4); 0: vision only
@@ -71,7 +71,7 @@ class ActionVLM(nn.Module):
         self.language = None
         if config.lambda_lang != 0:
             self.language = LanguageModel(config.lm, config.descriptions, config.lora_rank, config.lora_alpha,
-                                          config.layout, config.lang_tokens, config.lm_dtype)
+                                          config.layout, config.lang_tokens, config.dtype)
         self.predict_advantage = AdvantagePredictor(D)
         self.head = DetectionHead(D, 1 if config.class_agnostic else C, config.width, config.levels,
                                   window=config.head_window, drop_path=config.drop_path, ranges=config.ranges,
@@ -107,7 +107,10 @@ class ActionVLM(nn.Module):
 
     def features(self, batch) -> torch.Tensor:
         """(B, L, V): what the vision encoder makes of the frames, or the features of the files as they are."""
-        return batch.inputs if self.vision is None else self.vision(batch.inputs, batch.mask)
+        if self.vision is None:
+            return batch.inputs
+        with torch.autocast(batch.inputs.device.type, torch.bfloat16, enabled=self.config.dtype == "bfloat16"):
+            return self.vision(batch.inputs, batch.mask).float()
 
     def checkpointing(self) -> None:
         """From now on compute activations of encoder and language model again in the backward pass."""

@@ -331,8 +331,9 @@ def build_parser() -> argparse.ArgumentParser:
     group("--vision", default="tiny", help="VideoMAE .pth file or folder, or InternViT folder (tiny = a small random one)")
     group("--lm", default="tiny", help="folder or name of a causal language model, or of InternVL3 (tiny = a small random "
                                        "one)")
-    group("--lm-dtype", choices=["float32", "bfloat16"], default="bfloat16" if gpu else "float32",
-          help="of the frozen language model and its arithmetic (default: bfloat16 on a GPU)")
+    group("--dtype", choices=["float32", "bfloat16"], default="bfloat16" if gpu else "float32",
+          help="of frozen weights and of encoder's and language model's arithmetic; what is trained stays float32 "
+               "(default: bfloat16 on a GPU)")
     group("--lora-rank", type=int, default=128, help="rank of the LoRA matrices")
     group("--lora-alpha", type=float, default=256, help="LoRA scale times rank")
     group("--layout", choices=["frames-first", "text-first"], default="frames-first", help="token order, see vlm.py")
@@ -462,7 +463,7 @@ def load_config(args, training: TALDataset, descriptions: dict) -> Config:
     vision = {} if args.features else dict(TINY_VISION, image_size=args.image_size) if args.vision == "tiny" else \
         vision_config(args.vision, args.image_size)
     return Config(
-        descriptions=descriptions, lm=lm, dim=language_config(lm).hidden_size, lm_dtype=args.lm_dtype,
+        descriptions=descriptions, lm=lm, dim=language_config(lm).hidden_size, dtype=args.dtype,
         lora_rank=args.lora_rank, lora_alpha=args.lora_alpha, layout=args.layout, vision=vision,
         lang_tokens=args.lang_tokens, use_vision=args.features_used == "both",
         feature_dim=open_features(training.videos[0].path).shape[1] if args.features else 0,
