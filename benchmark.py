@@ -5,7 +5,8 @@
     python benchmark.py data                      # reading one window, from a video and from features
     python benchmark.py full-size                 # training and inference of the paper's models, random weights
 
-Inputs are random but seeded, and built here. A figure is the median of at least five runs after one that does not count.
+Inputs are random but seeded, and built here. A figure is the median of at least five runs after one that does not
+count.
 The exit code is 1 if a row missed its limit.
 """
 import argparse
@@ -292,16 +293,18 @@ def full_size(device: str) -> int:
     print(machine() if reduced else f"{torch.cuda.get_device_name()}; torch {torch.__version__}")
     if not reduced:
         peak = matmul_peak(device)
-        torch.cuda.set_per_process_memory_fraction(min(1.0, CAP * 2**30 / torch.cuda.get_device_properties(0).total_memory))
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, CAP * 2**30 / total))
         print(f"at most {CAP} GiB of its memory; {peak / 1e12:.0f} TFLOPs measured in bfloat16 matrix products")
-    print("\n| model | parameters | peak memory | step, vision only | step, vision-language | ratio | inference, vision only "
-          "/ full | tokens/s in training | FLOPs of a step, MFU |\n|:--|" + "--:|" * 8)
+    print("\n| model | parameters | peak memory | step, vision only | step, vision-language | ratio | inference, vision "
+          "only / full | tokens/s in training | FLOPs of a step, MFU |\n|:--|" + "--:|" * 8)
     for vision in VISION:
         for qwen in QWEN:
             print(full_size_row(vision, qwen, device, reduced, peak), flush=True)
-    print(f"\n{'Reduced sizes, because there is no GPU: 2 layers, an eighth of the width, 32 frames of 32 x 32. ' * reduced}"
-          "Random weights, one window of 768 frames of 160 x 160, the 20 classes of THUMOS14, LoRA of rank 128, activation "
-          "checkpointing, AdamW and weight average in the step. MFU: FLOPs without recomputation over the peak.")
+    sizes = "32 frames of 32 x 32, 2 layers and an eighth of the width, because there is no GPU, LoRA of rank 8" \
+        if reduced else "768 frames of 160 x 160, LoRA of rank 128"
+    print(f"\nRandom weights; one window of {sizes}; the 20 classes of THUMOS14; activation checkpointing; AdamW and weight "
+          "average in the step. MFU: FLOPs without recomputation over the peak.")
     return 0
 
 
@@ -312,7 +315,7 @@ def full_size_row(vision: str, qwen: str, device: str, reduced: bool, peak: floa
     flops = step_flops(run, batch, True)
     if not reduced:
         torch.cuda.reset_peak_memory_stats()
-    without, full = timed(device, partial(train_step, run, batch, False)), timed(device, partial(train_step, run, batch, True))
+    without, full = (timed(device, partial(train_step, run, batch, language)) for language in (False, True))
     memory = torch.cuda.max_memory_allocated() / 2**30 if not reduced else 0
     run.model.eval()
     with torch.no_grad():
@@ -321,8 +324,8 @@ def full_size_row(vision: str, qwen: str, device: str, reduced: bool, peak: floa
     parameters = sum(p.numel() for p in run.model.parameters())
     mfu = f"{flops / full / peak:.0%}" if peak else "-"
     return (f"| ActionVLM-{vision}-{qwen}{', reduced' * reduced} | {parameters / 1e6:,.0f} M | {memory:.1f} GiB | "
-            f"{duration(without)} | {duration(full)} | {full / without:.2f} | {duration(infer[0])} / {duration(infer[1])}, "
-            f"{infer[1] / infer[0]:.2f} | {tokens / full:,.0f} | {flops / 1e12:.3g} TFLOPs, {mfu} |")
+            f"{duration(without)} | {duration(full)} | {full / without:.2f} | {duration(infer[0])} / "
+            f"{duration(infer[1])}, {infer[1] / infer[0]:.2f} | {tokens / full:,.0f} | {flops / 1e12:.3g} TFLOPs, {mfu} |")
 
 
 def random_run(vision: str, qwen: str, device: str, reduced: bool):
@@ -334,9 +337,9 @@ def random_run(vision: str, qwen: str, device: str, reduced: bool):
                            "--window", str(L), "--lora-rank", "8" if reduced else "128"])
     sizes = {k: v // 8 if reduced and k.endswith("_size") else 2 if reduced and k.endswith("layers") else v
              for k, v in VISION[vision].items()}
+    encoder = dict(sizes, image_size=side, pretrained_image_size=224, num_hidden_layers=2 if reduced else 12)
     config = Config(descriptions, "random", QWEN[qwen]["hidden_size"] // (8 if reduced else 1), dtype=args.dtype,
-                    vision=dict(sizes, image_size=side, pretrained_image_size=224, num_hidden_layers=2 if reduced else 12),
-                    lora_rank=args.lora_rank, lora_alpha=args.lora_alpha, head_window=0)
+                    vision=encoder, lora_rank=args.lora_rank, lora_alpha=args.lora_alpha, head_window=0)
     with random_language_model(qwen, reduced):
         run = Run(ActionVLM(config).to(device), args, steps_per_epoch=1000)
     frames = torch.randint(0, 256, (1, L, 3, side, side), dtype=torch.uint8)
@@ -350,7 +353,8 @@ def random_language_model(qwen: str, reduced: bool):
     def make(folder, dtype):
         sizes = {k: v // 8 if reduced and k.endswith("_size") else 2 if reduced and k.endswith("layers") else v
                  for k, v in QWEN[qwen].items()}
-        config = Qwen2Config(vocab_size=2000 if reduced else 151936, num_key_value_heads=2, tie_word_embeddings=True, **sizes)
+        config = Qwen2Config(vocab_size=2000 if reduced else 151936, num_key_value_heads=2, tie_word_embeddings=True,
+                             **sizes)
         with tempfile.TemporaryDirectory() as folder:
             descriptions = read_json(Path(__file__).parent / "descriptions/thumos14.json")
             vlm.make_tiny_lm(Path(folder) / "lm", [vlm.instruction(descriptions)])

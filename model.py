@@ -30,10 +30,10 @@ class Config:
     vision: dict = field(default_factory=dict)   # what the vision encoder is, see VisionEncoder
     lora_rank: int = 128
     lora_alpha: int = 256
-    dtype: str = "float32"              # or "bfloat16": of frozen weights and of encoder's and language model's arithmetic
+    dtype: str = "float32"              # or "bfloat16": of frozen weights, and of arithmetic before the head
     layout: str = "frames-first"        # or "text-first", see vlm.py
     lang_tokens: str = "special"        # or "shared", "vision": whose hidden states are F_lang (Table 9)
-    lambda_lang: float | str | None = None   # None: predicted (Eq. 4); "generated" or a number (Table 4); 0: vision only
+    lambda_lang: float | str | None = None   # None: predicted (Eq. 4); "generated", a number (Table 4); 0: vision only
     use_vision: bool = True             # False: F_lang without F_vis in Eq. 5 (Table 2)
     width: int = 512                    # of the detection head
     levels: int = 6                     # S
