@@ -282,7 +282,10 @@ def same_start(model: ActionVLM, seed: int) -> None:
 
 
 def average_gradients(model: ActionVLM) -> None:
-    """Every gradient becomes its mean over all processes, which run the same kind of epoch; does nothing in one."""
+    """Every gradient becomes its mean over all processes, which run the same kind of epoch; does nothing in one.
+
+    L_dh is then that of all windows together; L_tg and L_adv are means of the processes' means.
+    """
     if dist.is_initialized():
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         together = torch.cat([g.flatten() for g in gradients])

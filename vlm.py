@@ -181,13 +181,11 @@ class LanguageModel(nn.Module):
         return ids.to(device), valid.to(device), targets.to(device)
 
     def text_loss(self, hidden, targets):
-        """Eq. 8: cross-entropy of the answer, its mean in every window, and of the windows; logits only where there is a
-        target. hidden (B, A, D), targets (B, A)."""
+        """Eq. 8: cross-entropy of the answer; logits only where there is a target. hidden (B, A, D), targets (B, A)."""
         here = targets != -100
         with self.autocast(hidden.device):
             logits = self.lm.get_base_model().lm_head(hidden[here])                 # (answer tokens, vocabulary)
-        weight = (1 / here.sum(1, keepdim=True)).expand_as(here)[here] / len(here)  # (answer tokens,)
-        return (F.cross_entropy(logits.float(), targets[here], reduction="none") * weight).sum()    # Eq. 8
+        return F.cross_entropy(logits.float(), targets[here])                       # Eq. 8
 
     def probability_of_yes(self, f_adv: torch.Tensor) -> torch.Tensor:
         """(B, L, D) -> (B, L): what the output layer gives "yes" against "no" at [adv] (Table 4, generated lambda)."""

@@ -238,7 +238,7 @@ sys.exit(train.main(sys.argv[2:]))
 
 
 def test_two_processes_equal_one_with_the_doubled_batch(features, tmp_path):
-    """Every window is resized to one length: losses that are means over frames are then means of the processes'."""
+    """All windows have one length and one answer: means over frames and tokens are then means of the processes'."""
     (tmp_path / "spy.py").write_text(SPY)
     flags = [*features[1], "--resize-to", 32, "--drop-path", 0, "--epochs", 6, "--warmup-epochs", 1, "--lr", 1e-3,
              "--lr-lm", 1e-3]
