@@ -404,6 +404,27 @@ def test_demo_training_and_test_clips_differ(tmp_path):
     assert one.segments.tolist() != two.segments.tolist()
 
 
+def test_demo_incomplete_actions_begin_like_the_action_and_go_back():
+    for complete, halfway in ((True, False), (False, True)):
+        poses, balls, annotations = data.demo_script(np.random.default_rng([0, 3, 0]), 10, complete)
+        for a in annotations:
+            first, last = (round(10 * t) for t in a["segment"])
+            pose, ball = data.demo_action(a["label"], np.zeros(1))
+            goes_back = np.allclose(poses[last - 1], pose[0]) and np.allclose(balls[last - 1], ball[0])
+            assert np.allclose(poses[first], pose[0])
+            assert goes_back == (halfway or a["label"] in ("Wave", "JumpingJack"))     # these two end as they began
+
+
+def test_demo_incomplete_clips_are_added_to_a_demo_that_has_none(tmp_path):
+    data.make_demo(tmp_path, train=1, test=1, incomplete=1)
+    before = (tmp_path / "annotations.json").read_bytes()
+    (tmp_path / "incomplete.json").unlink()
+    data.make_demo(tmp_path, train=1, test=1, incomplete=1)
+    video, = data.find_files(load_annotations(tmp_path / "incomplete.json"), tmp_path / "videos")
+    assert (video.name, video.subset) == ("incomplete_000", "incomplete") and len(video.labels) in (3, 4)
+    assert (tmp_path / "annotations.json").read_bytes() == before
+
+
 @pytest.mark.parametrize("one, other", [("SitDown", "StandUp"), ("Throw", "Catch")])
 def test_demo_pairs_show_the_same_poses_in_opposite_order(one, other):
     u = np.linspace(0, 1, 11)

@@ -42,6 +42,7 @@ def test_table9_without_descriptions_labels_remain():
 def test_eq7_proposal_text_is_in_order_of_start_with_whole_frames():
     assert proposal_text([[60.4, 75.0], [11.6, 48.2]], ["Diving", "LongJump"]) == "LongJump: 12-48, Diving: 60-75."
     assert proposal_text([], []) == vlm.NO_ACTION
+    assert proposal_text([[-1.6, 3.0]], ["Diving"]) == "Diving: 0-3."         # a feature sees beyond its window
 
 
 def test_eq7_text_round_trip():
