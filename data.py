@@ -617,12 +617,11 @@ DEMO_DESCRIPTIONS = {
 
 
 def make_demo(folder, train=96, test=24, seed=0, fps=10, size=64, incomplete=12) -> None:
-    """Write the demo data set once: videos/*.mp4, annotations.json, incomplete.json, descriptions.json.
+    """Write the demo data set once: videos/*.mp4, annotations.json (ActivityNet format), descriptions.json, and
+    incomplete.json (Table 5): clips of the subset "incomplete", in which every action turns back halfway.
 
-    Each clip of about 10 s holds three or four actions and background. In the clips of incomplete.json (Table 5; its one
-    subset is "incomplete") every action is begun, stops halfway and goes back to where it began. Deterministic in
-    `seed`; the subsets are drawn from different seeds. Annotations are in ActivityNet's format; each file is written
-    after its videos, so an interrupted run starts over.
+    Each clip of about 10 s holds three or four actions and background. Deterministic in `seed`; the subsets are drawn
+    from different seeds. Annotations are written after their videos, so an interrupted run starts over.
     """
     folder = Path(folder)
     (folder / "videos").mkdir(parents=True, exist_ok=True)

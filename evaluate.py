@@ -68,8 +68,8 @@ def build_parser() -> argparse.ArgumentParser:
           help="feature aggregation, or question answering: what the language model writes (Table 2) (%(default)s)")
     model("--max-new-tokens", type=int, default=256, help="longest answer of --formulation qa (%(default)s)")
     model("--groups", nargs="+", metavar="FILE",
-          help="Table 3: figures of easy, medium and hard actions by the AP in FILE, written by --json for a vision-only "
-               "run; 'thumos14' [FILE]: in the paper's own groups (A.8)")
+          help="Table 3: easy, medium and hard actions by the AP in FILE, which --json wrote for a vision-only run; "
+               "'thumos14' or 'thumos14 FILE': in the paper's own groups (A.8)")
     model("--easy", type=float, default=0.85, help="lowest AP, mean over tIoU, of an easy action (%(default)s)")
     model("--hard", type=float, default=0.5, help="AP below which an action is hard (%(default)s)")
     model("--incomplete", nargs="?", const="", metavar="FILE",
@@ -136,8 +136,8 @@ def open_checkpoint(args):
 
 
 def score_checkpoint(args) -> None:
-    """Prints the table of a checkpoint on the test set that its training named; with --formulation qa of what its
-    language model writes there, with --bias how much both depend on language, with --groups the table by difficulty."""
+    """Prints the table of a checkpoint on the test set of its training; with --formulation qa, of what its language
+    model writes there; with --bias how much it depends on language, with --groups Table 3."""
     from train import load_data
     model, trained, out = open_checkpoint(args)
     if (args.bias or args.qa) and model.language is None:
@@ -181,7 +181,8 @@ def report_answers(out: Path, results: "Answers") -> dict:
     print(f"\nhallucinations in {len(results.answers)} windows: fixed {100 * rates['fixed']:.2f} %, infinite "
           f"{100 * rates['infinite']:.2f} %; wrote answers.json, boundaries.png to {out}")
     (out / "answers.json").write_text(json.dumps(results.answers, indent=1) + "\n")
-    figures.boundaries(out / "boundaries.png", [t for a in results.answers for _, *pair in a["proposals"] for t in pair])
+    proposals = [row for a in results.answers for row in a["proposals"]]
+    figures.boundaries(out / "boundaries.png", [t for _, *pair in proposals for t in pair])
     return rates
 
 

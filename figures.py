@@ -35,7 +35,8 @@ def one_video(path, video: Video, detections, descriptions: dict, min_score: flo
 
 
 def boundaries(path, steps: list) -> None:
-    """Fig. 6: how often each step of a window is named as start or end in the answers; the eight most frequent named."""
+    """Fig. 6: how often each step of a window is start or end of an answer's proposal; arrows at the eight most frequent.
+    """
     figure, axis = plt.subplots(figsize=(9, 3), layout="constrained")
     values, counts = np.unique(np.array(steps, dtype=np.int64), return_counts=True)
     axis.bar(values, counts, width=0.9, color="tab:blue")

@@ -179,10 +179,10 @@ def command(args, folder: Path, script: str, *flags) -> None:
 # ------------------------------------------------------------------------------------------------ the report
 def report(args) -> str:
     """The tables in Markdown: mean ± standard deviation over the seeds, the paper's figure in brackets."""
+    flags = [*args.train_flags, *(["--epochs", str(args.epochs)] if args.epochs is not None else [])]
     lines = ["# The paper's ablations", "",
-             f"Seeds {', '.join(map(str, args.seeds))}; `train.py {' '.join(args.train_flags)}`"
-             f"{'' if args.epochs is None else f' with {args.epochs} epochs'}. Figures in percent, but mLA: mean ± standard "
-             "deviation over the seeds (in brackets: the paper's, on THUMOS14)."]
+             f"`{' '.join(['python train.py', *flags])}`, seeds {', '.join(map(str, args.seeds))}. Figures in percent, "
+             "but mLA: mean ± standard deviation over the seeds (in brackets: the paper's, on THUMOS14)."]
     for number in args.only:
         table = TABLES[number]
         values = [[collect(args, run, file, path, factor) for _, path, factor in table.columns]
@@ -219,8 +219,9 @@ def spread(values: list) -> float:
 
 def cell(values: list, paper: float | None, digits: int) -> str:
     """"94.1 ± 0.8 (72.0)"; "-" for what there is none of."""
-    ours = "-" if not values else f"{mean(values):.{digits}f}" + (f" ± {spread(values):.{digits}f}" if values[1:] else "")
-    return ours + (f" ({paper:g})" if paper is not None else "")
+    ours = [f"{mean(values):.{digits}f}"] if values else ["-"]
+    ours += [f"± {spread(values):.{digits}f}"] if len(values) > 1 else []
+    return " ".join(ours + ([f"({paper:g})"] if paper is not None else []))
 
 
 def compare(labels, paper, ours: list) -> str:

@@ -51,7 +51,8 @@ def proposal_text(segments, labels: list) -> str:
 
     segments: (N, 2) in frames of the window; labels: N names. A fixed sentence when N is 0.
     """
-    rows = sorted((max(0, round(float(start))), round(float(end)), label) for (start, end), label in zip(segments, labels))
+    rows = sorted((max(0, round(float(start))), round(float(end)), label)        # a feature sees beyond its window
+                  for (start, end), label in zip(segments, labels))
     return ", ".join(f"{label}: {start}-{end}" for start, end, label in rows) + "." if rows else NO_ACTION
 
 
@@ -149,7 +150,7 @@ class LanguageModel(nn.Module):
         return [text if end else text + CUT for text, end in zip(texts, ended.tolist())]
 
     def sequence(self, f_vis, mask, answer_ids, answer_valid):
-        """Frames and prompt in the order of the layout, then the answer: embeddings (B, N, D), which are real (B, N)."""
+        """Frames and prompt in order of the layout, then the answer: embeddings (B, N, D), which are real (B, N)."""
         prompt = repeat(self.embed(self.prompt_ids), "t d -> b t d", b=len(mask))   # (B, T, D)
         first = [self.frame_tokens(f_vis, mask), (prompt, mask.new_ones(prompt.shape[:2]))]
         if self.layout == "text-first":

@@ -206,7 +206,7 @@ def test_question_answering_writes_answers_rates_and_histogram(trained, tmp_path
     assert {p.name for p in tmp_path.iterdir()} == {"answers.json", "boundaries.png", "f.json", "result-qa.json"}
     assert set(json.loads((tmp_path / "f.json").read_text())["hallucination"]) == {"fixed", "infinite"}
     answers = json.loads((tmp_path / "answers.json").read_text())
-    assert [a["video"] for a in answers] == ["test_000", "test_001"] and all(isinstance(a["text"], str) for a in answers)
+    assert [a["video"] for a in answers] == ["test_000", "test_001"] and all(a["text"] is not None for a in answers)
 
 
 def test_groups_and_incomplete_actions(trained, tmp_path, capsys):

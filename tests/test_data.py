@@ -389,7 +389,7 @@ def test_centre_crop():
 # ---------------------------------------------------------------- the demo
 def test_demo_is_deterministic_and_complete(tmp_path):
     for name in "ab":
-        data.make_demo(tmp_path / name, train=2, test=1)
+        data.make_demo(tmp_path / name, train=2, test=1, incomplete=1)
     for file in ("annotations.json", "descriptions.json", "videos/test_000.mp4", "videos/training_001.mp4"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
     videos = data.find_files(load_annotations(tmp_path / "a" / "annotations.json"), tmp_path / "a" / "videos")
@@ -399,7 +399,7 @@ def test_demo_is_deterministic_and_complete(tmp_path):
 
 
 def test_demo_training_and_test_clips_differ(tmp_path):
-    data.make_demo(tmp_path, train=1, test=1)
+    data.make_demo(tmp_path, train=1, test=1, incomplete=1)
     one, two = load_annotations(tmp_path / "annotations.json")
     assert one.segments.tolist() != two.segments.tolist()
 
@@ -433,9 +433,9 @@ def test_demo_pairs_show_the_same_poses_in_opposite_order(one, other):
 
 
 def test_demo_is_not_written_twice(tmp_path):
-    data.make_demo(tmp_path, train=1, test=1)
+    data.make_demo(tmp_path, train=1, test=1, incomplete=1)
     (tmp_path / "videos" / "test_000.mp4").unlink()
-    data.make_demo(tmp_path, train=1, test=1)
+    data.make_demo(tmp_path, train=1, test=1, incomplete=1)
     assert not (tmp_path / "videos" / "test_000.mp4").exists()
 
 

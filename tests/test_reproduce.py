@@ -4,7 +4,9 @@ import json
 import pytest
 
 import data
+import evaluate
 import reproduce
+import train
 
 
 def write_figures(folder, average, AP=None):
@@ -54,20 +56,33 @@ def test_needed_runs_are_those_of_the_tables_once_each():
     assert names["full"] == ["bias.json", "figures.json", "groups.json", "qa.json"]
 
 
-def test_two_runs_for_real_are_resumed_and_not_repeated(tmp_path, monkeypatch, capsys):
+def test_two_runs_are_resumed_and_not_repeated(tmp_path, monkeypatch, capsys):
+    """The commands in this process, which saves loading torch ten times."""
     data.make_demo(tmp_path / "data", train=2, test=1, incomplete=1)
-    tables = {number: reproduce.TABLES[number]._replace(
-        rows=[row for row in reproduce.TABLES[number].rows if row[0] in ("vision only", "full", "fixed 0.0", "learnable")])
-        for number in (3, 5)}
-    monkeypatch.setattr(reproduce, "TABLES", tables)
-    flags = ["--out", str(tmp_path / "out"), "--seeds", "0", "--epochs", "1", "--only", "3", "5", "--",
+    ran = []
+
+    def here(args, folder, script, *flags):
+        ran.append((folder.name, script, *flags))
+        assert {"train.py": train.main, "evaluate.py": evaluate.main}[script]([*map(str, flags)]) == 0
+    monkeypatch.setattr(reproduce, "command", here)
+    monkeypatch.setattr(reproduce, "TABLES", {number: reproduce.TABLES[number]._replace(
+        rows=[row for row in reproduce.TABLES[number].rows if row[1] in ("vision-only", "full")]) for number in (3, 5)})
+    flags = ["--out", str(tmp_path / "out"), "--seeds", "0", "--epochs", "1", "--only", "3", "5", "--jobs", "1", "--",
              "--videos", str(tmp_path / "data/videos"), "--annotations", str(tmp_path / "data/annotations.json"),
-             "--descriptions", str(tmp_path / "data/descriptions.json"), "--device", "cpu"]
+             "--descriptions", str(tmp_path / "data/descriptions.json")]
     assert reproduce.main(flags) == 0, capsys.readouterr().err
-    printed = capsys.readouterr().out
-    assert printed.count("train.py") == 3 and "| full |" in printed and "## Table 5" in printed   # once in the report
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "| full |" in text and "## Table 5" in text and "mLA of the full model:" in text
+    assert [script for _, script, *_ in ran].count("train.py") == 2
+    ran.clear()
     (tmp_path / "out" / "full-seed0" / "report.png").unlink()            # as if it had been stopped at the end
     (tmp_path / "out" / "full-seed0" / "incomplete.json").unlink()
     assert reproduce.main(flags) == 0
-    assert "--resume" in (tmp_path / "out" / "full-seed0" / "commands.log").read_text()
-    assert "vision-only-seed0: " not in capsys.readouterr().out
+    assert [(name, script) for name, script, *_ in ran] == [("full-seed0", "train.py"), ("full-seed0", "evaluate.py")]
+    assert "--resume" in ran[0] and "--incomplete" in ran[1]
+
+
+def test_a_command_that_fails_is_an_error_with_its_last_lines(tmp_path):
+    args = reproduce.build_parser().parse_args(["--out", str(tmp_path)])
+    with pytest.raises(data.InputError, match=r"(?s)evaluate.py ended with code 2 in .*nowhere.*expected a checkpoint"):
+        reproduce.command(args, tmp_path / "r", "evaluate.py", "--checkpoint", tmp_path / "nowhere")
