@@ -73,8 +73,8 @@ def build_parser() -> argparse.ArgumentParser:
     model("--easy", type=float, default=0.85, help="lowest AP, mean over tIoU, of an easy action (%(default)s)")
     model("--hard", type=float, default=0.5, help="AP below which an action is hard (%(default)s)")
     model("--incomplete", nargs="?", const="", metavar="FILE",
-          help="Table 5: confidence and length on actions begun and not completed, from an ActivityNet-format FILE "
-               "(default: incomplete.json beside the annotations of the demo)")
+          help="Table 5: confidence and length on actions begun and not completed, those of the subset 'incomplete' of "
+               "this annotation file (default: of the demo)")
     model("--lm", metavar="DIR", help="where the language model of the training is now, if it was moved")
     model("--fps", type=float, default=0.0, help="frames per second behind a feature file given as --video")
     model("--min-score", type=float, default=0.3, help="lowest score that --video prints and draws (%(default)s)")
@@ -149,7 +149,7 @@ def score_checkpoint(args) -> None:
     results = run(model, test, trained)
     result = score(out / ("result-qa.json" if args.qa else "result.json"), test, results, tiou)
     if args.qa:
-        result["hallucination"] = report_answers(out, results)
+        result["hallucination"] = report_answers(out, results, test)
     if args.bias or args.qa:
         model.language.set_descriptions(unmatched_descriptions(model.config.descriptions))
         exchanged = run(model, test, trained)
@@ -174,10 +174,11 @@ def report_bias(result: dict, unmatched: "Detections", test, tiou: list) -> dict
     return {"LAP": lap}
 
 
-def report_answers(out: Path, results: "Answers") -> dict:
+def report_answers(out: Path, results: "Answers", test) -> dict:
     """Print the hallucination rates, write answers.json and the histogram of boundaries (Fig. 6) -> the rates."""
+    beyond = 0.5 * test.num_frames / test.stride         # a feature sees this far, and so does the ground truth
     rates = hallucination_rates([a["text"] for a in results.answers], [a["proposals"] for a in results.answers],
-                                [a["length"] for a in results.answers])
+                                [round(a["length"] + beyond) for a in results.answers])
     print(f"\nhallucinations in {len(results.answers)} windows: fixed {100 * rates['fixed']:.2f} %, infinite "
           f"{100 * rates['infinite']:.2f} %; wrote answers.json, boundaries.png to {out}")
     (out / "answers.json").write_text(json.dumps(results.answers, indent=1) + "\n")
@@ -190,13 +191,13 @@ def score_incomplete(args) -> None:
     """Prints the row of Table 5: how sure a checkpoint is of actions that are begun and not completed."""
     from train import load_data
     model, trained, _ = open_checkpoint(args)
-    clips = copy.copy(trained)
-    clips.annotations = args.incomplete or str(Path(trained.annotations).with_name("incomplete.json"))
     if not args.incomplete and trained.dataset != "demo":
-        raise InputError("--incomplete: expected an annotation file with it, as the training was not on the demo")
-    database = read_field(clips.annotations, "database")
-    clips.train_subset = clips.test_subset = next(
-        (v["subset"] for v in database.values() if isinstance(v, dict) and "subset" in v), "incomplete")
+        raise InputError(f"--incomplete: expected an annotation file with it, because {args.checkpoint} was not trained "
+                         f"on the demo")
+    clips = copy.copy(trained)
+    clips.train_subset = clips.test_subset = "incomplete"
+    clips.annotations = args.incomplete or str(Path(trained.annotations).with_name("incomplete.json"))
+    clips.dataset = "custom" if args.incomplete else "demo"
     test = load_data(clips)[1]
     segments = [(v.name, label, start, end) for v in test.videos for label, (start, end) in zip(v.labels, v.segments)]
     metrics = ambiguity_metrics(detect_as_trained(model, test, trained).predictions, segments)
@@ -421,7 +422,7 @@ def hallucination_rates(texts: list, proposals: list, lengths: list) -> dict:
     """The two hallucinations of Table 2, each as a share of the W windows, in [0, 1].
 
     texts: W answers as `LanguageModel.generate` gives them. proposals: what `parse_proposals` reads in each of them,
-    [(label, start, end)] in steps of the window. lengths: W numbers of steps.
+    [(label, start, end)] in steps of the window. lengths: W numbers of steps, the last possible end of each window.
 
     The paper names them without a formula; here a window counts as
     "fixed"     "fixed outputs with obviously fake boundaries regardless of input": its answer names at least one

@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import NamedTuple
 
-from data import PRESETS, InputError, make_demo
+from data import PRESETS, InputError, make_demo, read_json
 from evaluate import LEVELS, read_reference
 
 HERE = Path(__file__).parent
@@ -122,8 +122,8 @@ def keep_settings(args) -> None:
     """All runs in a folder have the same epochs and data; InputError where an earlier call had others."""
     args.out.mkdir(parents=True, exist_ok=True)
     file, ours = args.out / "settings.json", {"epochs": args.epochs, "train_flags": args.train_flags}
-    if file.exists() and json.loads(file.read_text()) != ours:
-        raise InputError(f"--out {args.out}: expected a folder of runs with {ours}, found {file.read_text()}; give the "
+    if file.exists() and read_json(file) != ours:
+        raise InputError(f"--out {args.out}: expected a folder of runs with {ours}, found {read_json(file)}; give the "
                          f"same flags or another folder")
     file.write_text(json.dumps(ours))
 
@@ -204,7 +204,7 @@ def collect(args, name: str, file: str, path: tuple, factor: float) -> list:
     """One figure of a run for each seed; [] where it has none (such as a LAP without language)."""
     found = []
     for seed in args.seeds:
-        value = json.loads((args.out / f"{name}-seed{seed}" / file).read_text())
+        value = read_json(args.out / f"{name}-seed{seed}" / file)
         for key in path:
             value = value.get(key) if isinstance(value, dict) else None
         if value is not None and math.isfinite(value):
