@@ -183,6 +183,9 @@ def report(args) -> str:
     lines = ["# The paper's ablations", "",
              f"`{' '.join(['python train.py', *flags])}`, seeds {', '.join(map(str, args.seeds))}. Figures in percent, "
              "but mLA: mean ± standard deviation over the seeds (in brackets: the paper's, on THUMOS14)."]
+    if "--lm" not in args.train_flags:
+        lines += ["", "The language model here is small and of random weights: it knows nothing of actions, and these "
+                  "figures say nothing on whether one that does would help."]
     for number in args.only:
         table = TABLES[number]
         values = [[collect(args, run, file, path, factor) for _, path, factor in table.columns]
@@ -190,7 +193,7 @@ def report(args) -> str:
         lines += ["", f"## {table.title}", "", "| | " + " | ".join(heading for heading, *_ in table.columns) + " |",
                   "|:--|" + "--:|" * len(table.columns)]
         for (label, _, _, paper), row in zip(table.rows, values):
-            digits = [1 if factor == 100 else 3 for *_, factor in table.columns]
+            digits = [1 if factor == 100 else 2 for *_, factor in table.columns]
             lines.append(f"| {label} | " + " | ".join(map(cell, row, paper, digits)) + " |")
         labels, column = [label for label, *_ in table.rows], table.main
         lines += ["", f"{table.columns[column][0]}: " + compare(labels, [row[3][column] for row in table.rows],
@@ -218,10 +221,10 @@ def spread(values: list) -> float:
 
 
 def cell(values: list, paper: float | None, digits: int) -> str:
-    """"94.1 ± 0.8 (72.0)"; "-" for what there is none of."""
+    """One cell: "94.1 ± 0.8 (72.0)"; "-" for what there is none of."""
     ours = [f"{mean(values):.{digits}f}"] if values else ["-"]
     ours += [f"± {spread(values):.{digits}f}"] if len(values) > 1 else []
-    return " ".join(ours + ([f"({paper:g})"] if paper is not None else []))
+    return " ".join(ours + ([f"({paper:.{digits}f})"] if paper is not None else []))
 
 
 def compare(labels, paper, ours: list) -> str:
@@ -234,10 +237,12 @@ def compare(labels, paper, ours: list) -> str:
     other = [(a, b) for a, b in pairs if (a[1] - b[1]) * (mean(a[2]) - mean(b[2])) <= 0]
     if not other:
         return f"all {len(pairs)} pairs stand in the paper's order."
+    said = f"{len(other)} of {len(pairs)} pairs do not stand in the paper's order"
+    if any(len(row[2]) < 2 for row in rows):
+        return said + "; one seed cannot say whether by chance."
     clear = [f"{a[0]} / {b[0]}" for a, b in other if abs(mean(a[2]) - mean(b[2])) > spread(a[2]) + spread(b[2])]
     named = f" ({', '.join(clear)})" if clear else ""
-    return (f"{len(other)} of {len(pairs)} pairs do not stand in the paper's order; {len(clear)} of these lie further "
-            f"apart than their two standard deviations together{named}.")
+    return f"{said}; {len(clear)} of these lie further apart than their two standard deviations together{named}."
 
 
 if __name__ == "__main__":

@@ -62,7 +62,8 @@ def parse_proposals(text: str, classes: list) -> list:
     Accepts any text: entries that are not `label: start-end` with a known label (in any case) are passed over.
     """
     known = {c.lower(): c for c in classes}
-    found = re.findall(r"([^,.;:\n]+)\s*:\s*(\d{1,9})\s*-\s*(\d{1,9})", text)
+    # ++ and *+ never go back: endless spaces would take minutes otherwise.
+    found = re.findall(r"([^,.;:\n]++):\s*+(\d{1,9})\s*+-\s*+(\d{1,9})", text)
     return [(known[label.strip().lower()], int(start), int(end))
             for label, start, end in found if label.strip().lower() in known]
 

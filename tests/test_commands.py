@@ -219,6 +219,9 @@ def test_groups_and_incomplete_actions(trained, tmp_path, capsys):
     assert evaluate.main([*common, "--incomplete"]) == 0
     assert set(json.loads(figures.read_text())) == {"mConf", "mLen", "acc@0.3", "acc@0.5", "acc@0.7"}
     assert re.search(r"\d+ incomplete actions in 2 videos", capsys.readouterr().out)
+    (tmp_path / "mine.json").write_bytes((trained[0].parent / "data/incomplete.json").read_bytes())
+    assert evaluate.main([*common, "--incomplete", str(tmp_path / "mine.json")]) == 0
+    assert {p.name for p in tmp_path.iterdir()} == {"f.json", "mine.json"}            # no demo is rendered beside it
     assert evaluate.main([*common, "--incomplete", str(tmp_path / "nowhere.json")]) == 2
 
 

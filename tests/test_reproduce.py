@@ -29,7 +29,7 @@ def test_a_report_from_figures_that_are_there_runs_nothing(tmp_path, capsys, mon
             write_figures(tmp_path / f"{run}-seed{seed}", 0.9 + 0.01 * i + 0.02 * seed)
     assert reproduce.main(["--out", str(tmp_path), "--only", "9", "--seeds", "0", "1"]) == 0
     text = (tmp_path / "report.md").read_text()
-    assert "| without descriptions | 91.0 ± 1.4 (70.7) |" in text and "| full | 95.0 ± 1.4 (72) |" in text
+    assert "| without descriptions | 91.0 ± 1.4 (70.7) |" in text and "| full | 95.0 ± 1.4 (72.0) |" in text
     assert "average mAP: 1 of 10 pairs do not stand in the paper's order; 0 of these" in text    # shared, without L_tg
     assert reproduce.main(["--out", str(tmp_path), "--only", "9", "--epochs", "3"]) == 2
     assert "expected a folder of runs with" in capsys.readouterr().err
@@ -38,6 +38,7 @@ def test_a_report_from_figures_that_are_there_runs_nothing(tmp_path, capsys, mon
 def test_compare_counts_pairs_and_names_those_that_are_clear():
     paper = [1, 2, 3, None]
     assert reproduce.compare("abcd", paper, [[1], [2], [3], [0]]) == "all 3 pairs stand in the paper's order."
+    assert "one seed cannot say" in reproduce.compare("abcd", paper, [[2], [1], [3], []])
     said = reproduce.compare("abcd", paper, [[5, 5.2], [2, 2.2], [5, 5.3], []])
     assert said.startswith("1 of 3 pairs") and "1 of these" in said and said.endswith("(a / b).")
 

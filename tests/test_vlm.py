@@ -1,6 +1,7 @@
 """Language feature generation (§3.2, Eq. 7-8, Appendix B): prompt, answer, attention, LoRA."""
 import json
 import shutil
+import time
 
 import pytest
 import torch
@@ -56,6 +57,12 @@ def test_eq7_text_round_trip():
 ])
 def test_parse_proposals_takes_whatever_a_language_model_writes(text, expected):
     assert parse_proposals(text, list(CLASSES)) == expected
+
+
+@pytest.mark.parametrize("part", [" ", "Run ", "1", ":", "Run:", "Run: 1 ", "-", ", "])
+def test_parse_proposals_takes_an_endless_answer(part):
+    started = time.time()
+    assert parse_proposals(part * 4000, ["Run"]) == [] and time.time() - started < 5
 
 
 def test_prefix_lm_mask_by_hand():
