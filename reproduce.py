@@ -193,7 +193,7 @@ def report(args) -> str:
         lines += ["", f"## {table.title}", "", "| | " + " | ".join(heading for heading, *_ in table.columns) + " |",
                   "|:--|" + "--:|" * len(table.columns)]
         for (label, _, _, paper), row in zip(table.rows, values):
-            digits = [1 if factor == 100 else 2 for *_, factor in table.columns]
+            digits = [1 if factor == 100 else 3 for *_, factor in table.columns]
             lines.append(f"| {label} | " + " | ".join(map(cell, row, paper, digits)) + " |")
         labels, column = [label for label, *_ in table.rows], table.main
         lines += ["", f"{table.columns[column][0]}: " + compare(labels, [row[3][column] for row in table.rows],
