@@ -625,32 +625,40 @@ DEMO_DESCRIPTIONS = {
 }
 
 
-def make_demo(folder, train=96, test=24, seed=0, fps=10, size=64) -> None:
-    """Write the demo data set once: videos/*.mp4, annotations.json (ActivityNet format), descriptions.json.
+def make_demo(folder, train=96, test=24, seed=0, fps=10, size=64, incomplete=12) -> None:
+    """Write the demo data set once: videos/*.mp4, annotations.json (ActivityNet format), descriptions.json, and
+    incomplete.json (Table 5): clips of the subset "incomplete", in which every action turns back halfway.
 
-    Each clip of about 10 s holds three or four actions and background. Deterministic in `seed`; training and test
-    clips are drawn from different seeds. annotations.json is written last, so an interrupted run starts over.
+    Each clip of about 10 s holds three or four actions and background. Deterministic in `seed`; the subsets are drawn
+    from different seeds. Annotations are written after their videos, so an interrupted run starts over.
     """
     folder = Path(folder)
-    if (folder / "annotations.json").exists():
-        return
     (folder / "videos").mkdir(parents=True, exist_ok=True)
-    database = {}
-    for subset, count, stream in (("training", train, 1), ("test", test, 2)):
-        for i in range(count):
-            name, rng = f"{subset}_{i:03d}", np.random.default_rng([seed, stream, i])
-            poses, balls, annotations = demo_script(rng, fps)
-            write_video(folder / "videos" / f"{name}.mp4", render(poses, balls, size, rng), fps)
-            database[name] = dict(subset=subset, duration=len(poses) / fps, fps=fps, annotations=annotations)
-    (folder / "descriptions.json").write_text(json.dumps(DEMO_DESCRIPTIONS, indent=1))
-    (folder / "annotations.json").write_text(json.dumps(dict(version="demo", database=database), indent=1))
+    for file, subsets in (("annotations.json", (("training", train, 1), ("test", test, 2))),
+                          ("incomplete.json", (("incomplete", incomplete, 3),))):
+        if (folder / file).exists():
+            continue
+        database = {}
+        for subset, count, stream in subsets:
+            for i in range(count):
+                name, rng = f"{subset}_{i:03d}", np.random.default_rng([seed, stream, i])
+                poses, balls, annotations = demo_script(rng, fps, complete=subset != "incomplete")
+                write_video(folder / "videos" / f"{name}.mp4", render(poses, balls, size, rng), fps)
+                database[name] = dict(subset=subset, duration=len(poses) / fps, fps=fps, annotations=annotations)
+        (folder / "descriptions.json").write_text(json.dumps(DEMO_DESCRIPTIONS, indent=1))
+        (folder / file).write_text(json.dumps(dict(version="demo", database=database), indent=1))
 
 
-def demo_script(rng, fps):
-    """Draw a clip: poses (T, 4), ball positions (T, 3) relative to the body (x, y, visible), annotations."""
+def demo_script(rng, fps, complete=True):
+    """Draw a clip: poses (T, 4), ball positions (T, 3) relative to the body (x, y, visible), annotations.
+
+    complete: False lets every action turn back after 30 to 50 % of it.
+    """
     poses, balls, annotations = [], [], []
     for label in rng.permutation(list(DEMO_DESCRIPTIONS))[:rng.integers(3, 5)]:
         phase = np.linspace(0, 1, int(rng.integers(10, 25)))
+        if not complete:
+            phase = rng.uniform(0.3, 0.5) * (1 - np.abs(2 * phase - 1))              # up to there, and back
         pose, ball = demo_action(label, phase)
         gap = int(rng.integers(4, 13))
         if poses:                                       # hold the last pose, cut, hold the next first pose

@@ -3,6 +3,9 @@
     python evaluate.py --checkpoint out                    # the test table of a trained model
     python evaluate.py --checkpoint out --video my.mp4     # the actions in one video, printed and drawn
     python evaluate.py --checkpoint out --bias             # LAP and mLA: how much it listens to language (§4.3)
+    python evaluate.py --checkpoint out --formulation qa   # the actions that the language model writes (Table 2)
+    python evaluate.py --checkpoint out --bias --groups vision-only.json     # easy, medium, hard actions (Table 3)
+    python evaluate.py --checkpoint out --incomplete       # actions that are begun and not completed (Table 5)
     python evaluate.py --ground-truth gt.json --predictions result.json --subset Test --tiou 0.3 0.4 0.5 0.6 0.7
 
 scores the result file of any model. Both files are in ActivityNet format, plain or gzip:
@@ -27,6 +30,7 @@ The protocol is ActivityNet's; all times are in seconds. Details that matter:
    (there 0 / 0 would even match; OpenTAD removes it).
 """
 import argparse
+import copy
 import json
 import math
 import sys
@@ -43,11 +47,15 @@ from tqdm import tqdm
 
 import figures
 from advantage import frame_classes
-from data import (InputError, TALDataset, Video, collate, grid_to_seconds, load_external_scores, open_features, probe,
-                  read_json, seconds_to_grid)
+from data import (InputError, TALDataset, Video, collate, grid_to_seconds, load_external_scores, open_features,
+                  probe, read_json, seconds_to_grid)
 from head import decode, nms_per_class
+from vlm import CUT, parse_proposals
 
 DUPLICATE_TOLERANCE = 1e-3  # seconds
+LEVELS = ("easy", "medium", "hard")
+THUMOS14_LEVELS = {"easy": ["ThrowDiscus", "LongJump", "HighJump", "HammerThrow"],          # A.8; medium: the rest
+                   "hard": ["Billiards", "FrisbeeCatch"]}
 
 
 # ------------------------------------------------------------------------------------------------ command line
@@ -57,6 +65,17 @@ def build_parser() -> argparse.ArgumentParser:
     model("--checkpoint", metavar="DIR", help="folder (or checkpoint.safetensors) that train.py wrote: its test table")
     model("--video", metavar="FILE", help="find the actions in this video or .npy feature file instead")
     model("--bias", action="store_true", help="score with unmatched descriptions, too: LAP, and mLA of each class")
+    model("--formulation", choices=["fa", "qa"], default="fa",
+          help="feature aggregation, or question answering: what the language model writes (Table 2) (%(default)s)")
+    model("--max-new-tokens", type=int, default=256, help="longest answer of --formulation qa (%(default)s)")
+    model("--groups", nargs="+", metavar="FILE",
+          help="Table 3: easy, medium and hard actions by the AP in FILE, which --json wrote for a vision-only run; "
+               "'thumos14' or 'thumos14 FILE': in the paper's own groups (A.8)")
+    model("--easy", type=float, default=0.85, help="lowest AP, mean over tIoU, of an easy action (%(default)s)")
+    model("--hard", type=float, default=0.5, help="AP below which an action is hard (%(default)s)")
+    model("--incomplete", nargs="?", const="", metavar="FILE",
+          help="Table 5: confidence and length on actions begun and not completed, those of the subset 'incomplete' of "
+               "this annotation file (default: of the demo)")
     model("--lm", metavar="DIR", help="where the language model of the training is now, if it was moved")
     model("--fps", type=float, default=0.0, help="frames per second behind a feature file given as --video")
     model("--min-score", type=float, default=0.3, help="lowest score that --video prints and draws (%(default)s)")
@@ -79,11 +98,18 @@ def get_args(argv=None):
     args = parser.parse_args(argv)
     if bool(args.checkpoint) == bool(args.ground_truth and args.predictions):
         parser.error("expected --checkpoint DIR, or both --ground-truth FILE and --predictions FILE")
-    for flag in ("video", "bias", "lm"):
-        if getattr(args, flag) and not args.checkpoint:
-            parser.error(f"--{flag}: expected --checkpoint DIR with it")
-    if args.video and args.bias:
-        parser.error("--bias scores the test set: leave out --video")
+    args.qa = args.formulation == "qa"
+    for flag in ("video", "bias", "lm", "groups", "qa", "incomplete"):
+        if getattr(args, flag) not in (None, False) and not args.checkpoint:
+            parser.error(f"--{'formulation qa' if flag == 'qa' else flag}: expected --checkpoint DIR with it")
+    if args.video and (args.bias or args.groups or args.qa or args.incomplete is not None):
+        parser.error("--bias, --groups, --incomplete and --formulation qa score data sets: leave out --video")
+    if args.incomplete is not None and (args.bias or args.groups or args.qa):
+        parser.error("--incomplete scores clips of its own: leave out --bias, --groups and --formulation qa")
+    if args.max_new_tokens < 1:
+        parser.error(f"--max-new-tokens: expected at least 1, found {args.max_new_tokens}")
+    if not args.hard <= args.easy:
+        parser.error(f"--hard, --easy: expected thresholds in this order, found {args.hard} and {args.easy}")
     return args
 
 
@@ -91,8 +117,8 @@ def main(argv=None) -> int:
     """Returns the exit code: 0, or 2 for a mistake in the flags or files."""
     args = get_args(argv)
     try:
-        (score_files if args.predictions else find_in_video if args.video else score_bias if args.bias
-         else score_checkpoint)(args)
+        (score_files if args.predictions else find_in_video if args.video
+         else score_checkpoint if args.incomplete is None else score_incomplete)(args)
     except (InputError, OSError) as error:
         print(f"evaluate.py: error: {error}", file=sys.stderr)
         return 2
@@ -111,32 +137,76 @@ def open_checkpoint(args):
 
 
 def score_checkpoint(args) -> None:
-    """Prints the table of a checkpoint on the test set that its training named."""
+    """Prints the table of a checkpoint on the test set of its training; with --formulation qa, of what its language
+    model writes there; with --bias how much it depends on language, with --groups Table 3."""
     from train import load_data
     model, trained, out = open_checkpoint(args)
-    test = load_data(trained)[1]
-    tiou = args.tiou or trained.tiou
-    _, result = score_test_set(model, test, trained, tiou, out)
+    if (args.bias or args.qa) and model.language is None:
+        raise InputError(f"{'--bias' if args.bias else '--formulation qa'}: expected a model with language, found "
+                         f"{args.checkpoint}, trained with --lambda-lang 0")
+    test, tiou = load_data(trained)[1], args.tiou or trained.tiou
+    reference = read_reference(args.groups) if args.groups else None
+    run = partial(answer, max_new_tokens=args.max_new_tokens) if args.qa else detect_as_trained
+    results = run(model, test, trained)
+    result = score(out / ("result-qa.json" if args.qa else "result.json"), test, results, tiou)
+    if args.qa:
+        result["hallucination"] = report_answers(out, results, test)
+    if args.bias or args.qa:
+        model.language.set_descriptions(unmatched_descriptions(model.config.descriptions))
+        exchanged = run(model, test, trained)
+        result |= report_bias(result, exchanged, test, tiou)
+    if args.bias and not args.qa:
+        result["mLA"] = {name: mean_language_advantage(results.advantage, test, [name])
+                         for name in ("all", *result["classes"])}
+        print("mLA: " + ", ".join(f"{name} {value:.4f}" for name, value in result["mLA"].items()))
+    if args.groups:
+        groups = group_by_difficulty(result["classes"], reference, args)
+        result["groups"] = score_groups(groups, result, reference, results.advantage, test)
+        print("\n" + format_groups(result["groups"]))
     write_figures(args.json, trained.test_subset, tiou, result)
 
 
-def score_bias(args) -> None:
-    """Prints how much a checkpoint depends on language: LAP, and the language advantage of each class (mLA)."""
+def report_bias(result: dict, unmatched: "Detections", test, tiou: list) -> dict:
+    """Print the average mAP with matched and with unmatched descriptions -> {"LAP": float}."""
+    average = mean_average_precision(to_ground_truth(test.videos), unmatched.predictions, tiou)["average"]
+    lap = language_advantage_on_performance(result["average"], average)
+    print(f"\naverage mAP {100 * result['average']:.2f} %, with unmatched descriptions {100 * average:.2f} %: "
+          f"LAP {100 * lap:.2f} %")
+    return {"LAP": lap}
+
+
+def report_answers(out: Path, results: "Answers", test) -> dict:
+    """Print the hallucination rates, write answers.json and the histogram of boundaries (Fig. 6) -> the rates."""
+    beyond = 0.5 * test.num_frames / test.stride         # a feature sees this far, and so does the ground truth
+    rates = hallucination_rates([a["text"] for a in results.answers], [a["proposals"] for a in results.answers],
+                                [round(a["length"] + beyond) for a in results.answers])
+    print(f"\nhallucinations in {len(results.answers)} windows: fixed {100 * rates['fixed']:.2f} %, infinite "
+          f"{100 * rates['infinite']:.2f} %; wrote answers.json, boundaries.png to {out}")
+    (out / "answers.json").write_text(json.dumps(results.answers, indent=1) + "\n")
+    proposals = [row for a in results.answers for row in a["proposals"]]
+    figures.boundaries(out / "boundaries.png", [t for _, *pair in proposals for t in pair])
+    return rates
+
+
+def score_incomplete(args) -> None:
+    """Prints the row of Table 5: how sure a checkpoint is of actions that are begun and not completed."""
     from train import load_data
-    model, trained, out = open_checkpoint(args)
-    if model.language is None:
-        raise InputError(f"--bias: expected a model with language, found {args.checkpoint}, trained with --lambda-lang 0")
-    test, tiou = load_data(trained)[1], args.tiou or trained.tiou
-    matched, result = score_test_set(model, test, trained, tiou, out)
-    model.language.set_descriptions(unmatched_descriptions(model.config.descriptions))
-    unmatched = mean_average_precision(to_ground_truth(test.videos), detect_as_trained(model, test, trained).predictions,
-                                       tiou)
-    lap = language_advantage_on_performance(result["average"], unmatched["average"])
-    print(f"\naverage mAP {100 * result['average']:.2f} %, with unmatched descriptions "
-          f"{100 * unmatched['average']:.2f} %: LAP {100 * lap:.2f} %")
-    mla = {name: mean_language_advantage(matched.advantage, test, [name]) for name in ("all", *result["classes"])}
-    print("mLA: " + ", ".join(f"{name} {value:.4f}" for name, value in mla.items()))
-    write_figures(args.json, trained.test_subset, tiou, result | {"LAP": lap, "mLA": mla})
+    model, trained, _ = open_checkpoint(args)
+    if not args.incomplete and trained.dataset != "demo":
+        raise InputError(f"--incomplete: expected an annotation file with it, because {args.checkpoint} was not trained "
+                         f"on the demo")
+    clips = copy.copy(trained)
+    clips.train_subset = clips.test_subset = "incomplete"
+    clips.annotations = args.incomplete or str(Path(trained.annotations).with_name("incomplete.json"))
+    clips.dataset = "custom" if args.incomplete else "demo"
+    test = load_data(clips)[1]
+    segments = [(v.name, label, start, end) for v in test.videos for label, (start, end) in zip(v.labels, v.segments)]
+    metrics = ambiguity_metrics(detect_as_trained(model, test, trained).predictions, segments)
+    print(f"{len(segments)} incomplete actions in {len(test.videos)} videos, in percent\n")
+    print("| " + " | ".join(metrics) + " |\n" + "|--:" * len(metrics) + "|")
+    print("| " + " | ".join(f"{100 * value:.2f}" for value in metrics.values()) + " |")
+    if args.json:
+        Path(args.json).write_text(json.dumps(metrics, indent=1) + "\n")
 
 
 def find_in_video(args) -> None:
@@ -160,7 +230,7 @@ def find_in_video(args) -> None:
     for (start, end), label, score in zip(found["segments"], found["labels"], found["scores"]):
         if score >= args.min_score:
             print(f"{start:8.2f} - {end:7.2f} s  {label}  {score:.3f}")
-    figures.one_video(out / f"{video.name}.png", video, results, args.min_score)
+    figures.one_video(out / f"{video.name}.png", video, results, model.config.descriptions, args.min_score)
     print(f"wrote {out / f'{video.name}.png'}")
 
 
@@ -185,7 +255,7 @@ def write_figures(path, subset: str, tiou: list, result: dict) -> None:
     if path:
         content = {"subset": subset, "tiou": tiou, "mAP": result["mAP"].tolist(), "average": result["average"],
                    "AP": dict(zip(result["classes"], result["AP"].T.tolist()))}
-        content |= {name: result[name] for name in ("LAP", "mLA") if name in result}
+        content |= {name: value for name, value in result.items() if name not in (*content, "classes")}
         Path(path).write_text(json.dumps(content, indent=1) + "\n")
 
 
@@ -196,11 +266,16 @@ def score_test_set(model, test, trained, tiou: list, out: Path):
     Returns (Detections, what `mean_average_precision` returns).
     """
     results = detect_as_trained(model, test, trained)
+    return results, score(out / "result.json", test, results, tiou)
+
+
+def score(path: Path, test, results, tiou: list) -> dict:
+    """Write detections as a result file, print their table -> what `mean_average_precision` returns."""
     result = mean_average_precision(to_ground_truth(test.videos), results.predictions, tiou)
     if not dist.is_initialized() or dist.get_rank() == 0:
-        write_result(out / "result.json", results.predictions)
+        write_result(path, results.predictions)
     print(format_table(result, tiou))
-    return results, result
+    return result
 
 
 class Detections(NamedTuple):
@@ -210,13 +285,25 @@ class Detections(NamedTuple):
     advantage: dict     # {video: (T,) predicted advantage}
 
 
+class Answers(NamedTuple):
+    """What `answer` returns: predictions as in Detections, and one row per window, with what was written there."""
+    predictions: dict   # {video: {"segments": (M, 2) seconds, "labels": [str], "scores": (M,)}}, best first
+    answers: list       # [{"video", "start" (step), "length" (steps), "text", "proposals": [(label, start, end)]}]
+    advantage: dict     # {}: nothing is weighed here
+
+
+def nms_flags(trained) -> dict:
+    """What `nms_per_class` takes, from the flags of the training."""
+    return dict(sigma=trained.nms_sigma, voting_threshold=trained.voting, max_per_class=trained.max_per_class,
+                max_per_video=trained.max_per_video)
+
+
 def detect_as_trained(model, test, trained) -> Detections:
     """`detect` by the flags of the training. Of several processes each takes its share of the videos; all get all."""
     rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     share = test.share(rank, processes)
     scores = trained.external_scores and load_external_scores(trained.external_scores, model.config.classes, test.videos)
-    own = detect(model, share, trained.batch_size, scores, trained.workers, sigma=trained.nms_sigma,
-                 voting_threshold=trained.voting, max_per_class=trained.max_per_class, max_per_video=trained.max_per_video)
+    own = detect(model, share, trained.batch_size, scores, trained.workers, **nms_flags(trained))
     if processes == 1:
         return own
     parts = [None] * processes
@@ -246,13 +333,42 @@ def detect(model, dataset, batch_size: int = 1, external_scores: dict | None = N
             found[window.video.name].append((segments.cpu() + window.start, scores.cpu(), labels.cpu()))
             for name in steps if output.advantage is not None else ():
                 put_steps(steps[name], window, getattr(output, name)[b, :window.length].cpu().numpy())
+    return Detections(merge_windows(found, dataset, classes, **nms), **steps)
+
+
+def merge_windows(found: dict, dataset, classes: list, **nms) -> dict:
+    """{video: [(segments, scores, labels) of a window]}, in steps of the video -> predictions in seconds, after NMS."""
     predictions = {}
     for video in dataset.videos:
         segments, scores, labels = nms_per_class(*(torch.cat(part) for part in zip(*found[video.name])), **nms)
         seconds = grid_to_seconds(segments.numpy().astype(np.float64), video.fps, dataset.stride, dataset.num_frames)
         predictions[video.name] = {"segments": seconds.clip(0, video.duration), "scores": scores.numpy(),
                                    "labels": [classes[i] for i in labels]}
-    return Detections(predictions, **steps)
+    return predictions
+
+
+@torch.no_grad()
+def answer(model, test, trained, max_new_tokens: int = 256) -> Answers:
+    """Localization as question answering (Table 2): what the language model writes about every window.
+
+    The score of a proposal is 1 / (1 + its place in the answer); windows are merged as in `detect`.
+    """
+    model.eval()
+    device, classes = next(model.parameters()).device, model.config.classes
+    found, answers = {v.name: [] for v in test.videos}, []
+    loader = DataLoader(test, trained.batch_size, num_workers=trained.workers,
+                        collate_fn=partial(collate, multiple=model.multiple))
+    for batch in tqdm(loader, desc="answer", leave=False, dynamic_ncols=True, disable=None):
+        batch = batch.to(device)
+        f_vis = model.normalise(model.project(model.features(batch)))
+        for window, text in zip(batch.windows, model.language.generate(f_vis, batch.mask, max_new_tokens)):
+            proposals = parse_proposals(text, classes)
+            segments = torch.tensor([pair for _, *pair in proposals], dtype=torch.float32).reshape(-1, 2) + window.start
+            found[window.video.name].append((segments, 1 / (1 + torch.arange(len(proposals))),
+                                             torch.tensor([classes.index(p[0]) for p in proposals], dtype=torch.long)))
+            answers.append(dict(video=window.video.name, start=window.start, length=window.length, text=text,
+                                proposals=proposals))
+    return Answers(merge_windows(found, test, classes, **nms_flags(trained)), answers, {})
 
 
 def put_steps(series: dict, window, values: np.ndarray) -> None:
@@ -310,6 +426,109 @@ def mean_language_advantage(advantage: dict, dataset, labels: list) -> float:
         values.append(series[np.isin(here, chosen)])
     values = np.concatenate(values)
     return float(values.mean()) if len(values) else math.nan
+
+
+def hallucination_rates(texts: list, proposals: list, lengths: list) -> dict:
+    """The two hallucinations of Table 2, each as a share of the W windows, in [0, 1].
+
+    texts: W answers as `LanguageModel.generate` gives them. proposals: what `parse_proposals` reads in each of them,
+    [(label, start, end)] in steps of the window. lengths: W numbers of steps, the last possible end of each window.
+
+    The paper names them without a formula; here a window counts as
+    "fixed"     "fixed outputs with obviously fake boundaries regardless of input": its answer names at least one
+                proposal, and either the very same list answers another window, too, or one of its proposals is
+                impossible: it ends before it starts, or after the window;
+    "infinite"  "infinite listing or repeating segments": the answer did not end by itself (it closes with CUT), or
+                names the same proposal three times or more.
+    """
+    lists = [tuple(map(tuple, rows)) for rows in proposals]
+    same = Counter(lists)
+    fixed = [bool(rows) and (same[rows] > 1 or any(end < start or end > length for _, start, end in rows))
+             for rows, length in zip(lists, lengths)]
+    infinite = [text.endswith(CUT) or max(Counter(rows).values(), default=0) >= 3 for text, rows in zip(texts, lists)]
+    return {"fixed": sum(fixed) / max(1, len(lists)), "infinite": sum(infinite) / max(1, len(lists))}
+
+
+# ------------------------------------------------------------------------------------------------ visual ambiguity
+def read_reference(words: list) -> dict | None:
+    """--groups -> {class: AP, mean over tIoU} from the figures of a vision-only run; None without a file."""
+    files = [word for word in words if word != "thumos14"]
+    if len(files) > 1 or len(words) > 2:
+        raise InputError(f"--groups: expected FILE, thumos14, or thumos14 FILE, found {' '.join(words)}")
+    if not files:
+        return None
+    AP = read_field(files[0], "AP")
+    if not all(isinstance(row, list) and row and all(map(is_number, row)) for row in AP.values()):
+        raise InputError(f"--groups {files[0]}: expected the file that --json writes, with a list of numbers for every "
+                         f"class in AP; write it again by evaluate.py --checkpoint DIR --json FILE")
+    return {name: float(np.mean(row)) for name, row in AP.items()}
+
+
+def group_by_difficulty(classes: list, reference: dict | None, args) -> dict:
+    """{"easy": [class], "medium": [class], "hard": [class]} by the AP of the reference, or as in A.8 for THUMOS14."""
+    unknown = sorted(set(classes) - set(reference)) if reference is not None else []
+    if unknown:
+        raise InputError(f"--groups: expected an AP for every class, found none for {', '.join(unknown[:5])}; "
+                         f"score the reference on the same test set")
+    if "thumos14" in args.groups:
+        level = {name: level for level, names in THUMOS14_LEVELS.items() for name in names}
+    else:
+        level = {name: "easy" if reference[name] >= args.easy else "hard" if reference[name] < args.hard else "medium"
+                 for name in classes}
+    return {key: [name for name in classes if level.get(name, "medium") == key] for key in LEVELS}
+
+
+def score_groups(groups: dict, result: dict, reference: dict | None, advantage: dict, dataset) -> dict:
+    """Table 3: {level: {"classes", "mAP", "gain" over the reference, "mLA"}}, fractions; None where there is none.
+
+    result: of `mean_average_precision`. advantage: of `detect`, {} without language.
+    """
+    AP = dict(zip(result["classes"], result["AP"].mean(0)))
+    rows = {}
+    for level, names in groups.items():
+        mAP = float(np.mean([AP[n] for n in names])) if names else None
+        gain = mAP - float(np.mean([reference[n] for n in names])) if names and reference is not None else None
+        mLA = mean_language_advantage(advantage, dataset, names) if names and advantage else None
+        rows[level] = {"classes": names, "mAP": mAP, "gain": gain, "mLA": mLA}
+    return rows
+
+
+def format_groups(rows: dict) -> str:
+    """Markdown table of what `score_groups` returns: mAP and gain in percent, mLA as it is."""
+    lines = ["| actions | mAP | gain | mLA | which |", "|:--|--:|--:|--:|:--|"]
+    for level, row in rows.items():
+        mAP, gain, mLA = ("-" if row[key] is None else text.format(scale * row[key]) for key, text, scale in
+                          (("mAP", "{:.2f}", 100), ("gain", "{:+.2f}", 100), ("mLA", "{:.4f}", 1)))
+        lines.append(f"| {level} | {mAP} | {gain} | {mLA} | {', '.join(row['classes'])} |")
+    return "\n".join(lines)
+
+
+def ambiguity_metrics(predictions: dict, clips: list) -> dict:
+    """Table 5 (A.1): how cautious a model is on actions that are begun and not completed; all in [0, 1].
+
+    predictions: {video: {"segments": (M, 2) seconds, "labels": [str], "scores": (M,)}} of the full videos.
+    clips: [(video, label of the begun action, start, end)], seconds.
+
+    "Each full video is processed by the model, while evaluation is restricted to these ambiguous segments. As multiple
+    temporal proposals are generated per video, we retain only the highest-confidence one." So a clip's prediction is
+    the detection of the begun action with the highest score that overlaps the clip. Then
+    "mConf"    "the mean predicted confidence": its score;
+    "mLen"     "the mean normalized span length": the part of it inside the clip, divided by the clip's length;
+    "acc@0.3", "acc@0.5", "acc@0.7"   "the proportion of predictions with span lengths below the threshold".
+    A clip in which the action is not detected has confidence 0 and length 0. NaN without clips.
+    """
+    confidence, length = [], []
+    for video, label, start, end in clips:
+        found = predictions.get(video, {"segments": np.zeros((0, 2)), "labels": [], "scores": np.zeros(0)})
+        segments = np.asarray(found["segments"], dtype=np.float64).reshape(-1, 2)
+        inside = np.minimum(segments[:, 1], end) - np.maximum(segments[:, 0], start)
+        rows = np.flatnonzero((inside > 0) & (np.array(found["labels"], dtype=object) == label))
+        best = rows[np.argmax(np.asarray(found["scores"])[rows])] if len(rows) else None
+        confidence.append(0.0 if best is None else float(found["scores"][best]))
+        length.append(0.0 if best is None else float(inside[best] / (end - start)))
+    below = {f"acc@{t}": float(np.mean(np.array(length) < t)) if clips else math.nan for t in (0.3, 0.5, 0.7)}
+    mean = [float(np.mean(values)) if clips else math.nan for values in (confidence, length)]
+    return {"mConf": mean[0], "mLen": mean[1]} | below
 
 
 # ------------------------------------------------------------------------------------------------ metric

@@ -11,24 +11,40 @@ LOSSES = {"loss_cls": "classification (focal)", "loss_loc": "localization (DIoU)
           "loss_adv": "advantage $L_{adv}$", "lambda_lang": r"mean $\lambda$"}
 
 
-def report(path, log: list, videos: list, detections, clips: int = 2) -> None:
+def report(path, log: list, videos: list, detections, descriptions: dict, clips: int = 2) -> None:
     """Loss curves of the run and the timelines of the first test videos.
 
-    log: rows of log.jsonl. videos: the test set's data.Video. detections: evaluate.Detections.
+    log: rows of log.jsonl. videos: the test set's data.Video. detections: evaluate.Detections. descriptions: {label:
+    sentence}.
     """
-    figure = plt.figure(figsize=(13, 3.6 + 4.2 * clips), layout="constrained")
-    top, *rows = figure.subfigures(1 + clips, 1, height_ratios=[3.6] + [4.2] * clips, squeeze=False)[:, 0]
+    figure = plt.figure(figsize=(13, 3.6 + 5 * clips), layout="constrained")
+    top, *rows = figure.subfigures(1 + clips, 1, height_ratios=[3.6] + [5] * clips, squeeze=False)[:, 0]
     loss_curves(top, log)
     for row, video in zip(rows, videos):
-        timeline(row, video, detections)
+        timeline(row, video, detections, descriptions)
     figure.savefig(path, dpi=90)
     plt.close(figure)
 
 
-def one_video(path, video: Video, detections, min_score: float) -> None:
+def one_video(path, video: Video, detections, descriptions: dict, min_score: float) -> None:
     """The timeline of one video as a picture of its own."""
-    figure = plt.figure(figsize=(13, 4.2), layout="constrained")
-    timeline(figure, video, detections, min_score)
+    figure = plt.figure(figsize=(13, 5), layout="constrained")
+    timeline(figure, video, detections, descriptions, min_score)
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
+
+
+def boundaries(path, steps: list) -> None:
+    """Fig. 6: how often each step of a window is start or end of an answer's proposal; arrows at the eight most frequent.
+    """
+    figure, axis = plt.subplots(figsize=(9, 3), layout="constrained")
+    values, counts = np.unique(np.array(steps, dtype=np.int64), return_counts=True)
+    axis.bar(values, counts, width=0.9, color="tab:blue")
+    for i in np.argsort(-counts, kind="stable")[:8]:
+        axis.annotate(str(values[i]), (values[i], counts[i]), (0, 14), textcoords="offset points", ha="center",
+                      fontsize=8, arrowprops=dict(arrowstyle="->"))
+    axis.margins(y=0.25)
+    axis.set(xlabel="step of the window", ylabel="boundaries", title=f"{len(steps)} boundaries in the answers")
     figure.savefig(path, dpi=90)
     plt.close(figure)
 
@@ -48,13 +64,15 @@ def loss_curves(figure, log: list) -> None:
             panel.legend(fontsize=8)
 
 
-def timeline(figure, video: Video, detections, min_score: float = 0.3) -> None:
-    """Frames, ground truth, detections with a score of at least `min_score`, and lambda over time (seconds)."""
+def timeline(figure, video: Video, detections, descriptions: dict, min_score: float = 0.3) -> None:
+    """Fig. 4, 5: frames, ground truth, detections with a score of at least `min_score`, and lambda over time (seconds);
+    below, what the language model was told about the actions seen."""
     found = detections.predictions[video.name]
     shown = [i for i, score in enumerate(found["scores"]) if score >= min_score][:20]
     names = sorted({*video.labels, *(found["labels"][i] for i in shown)})
     colours = {name: plt.cm.tab20(i % 20) for i, name in enumerate(names)}
     axes = figure.subplots(4, 1, sharex=True, height_ratios=[1.3, 0.7, 1.4, 1])
+    told = [f"{name}: {descriptions[name]}" for name in names if descriptions.get(name)][:6]
     figure.suptitle(f"{video.name}: detections with a score of at least {min_score}", fontsize=10)
     draw_input(axes[0], video)
     draw_bars(axes[1], video.segments, video.labels, None, colours)
@@ -64,7 +82,9 @@ def timeline(figure, video: Video, detections, min_score: float = 0.3) -> None:
         axes[3].text(0.5, 0.5, "vision only", transform=axes[3].transAxes, ha="center", va="center")
     else:
         axes[3].plot((np.arange(len(weight)) + 0.5) * video.duration / len(weight), weight, color="black", lw=1)
-    axes[3].set(ylim=(0, 1), xlim=(0, video.duration), xlabel="seconds")
+    axes[3].set(ylim=(0, 1), xlim=(0, video.duration))
+    axes[3].set_xlabel("\n".join(["seconds", *(line if len(line) < 170 else line[:170] + "..." for line in told)]),
+                       fontsize=8)
     for axis, label in zip(axes, ("frames", "truth", "detected", r"$\lambda_{lang}$")):
         axis.set_ylabel(label, fontsize=9)
 

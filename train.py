@@ -211,7 +211,8 @@ def train(run: Run, training: TALDataset, test: TALDataset, out: Path) -> None:
     results, _ = score_test_set(model, test, args, args.tiou, out)
     if not writes:
         return
-    figures.report(out / "report.png", read_log(out / "log.jsonl"), test.videos, results)
+    figures.report(out / "report.png", read_log(out / "log.jsonl"), test.videos, results,
+                   model.config.descriptions)
     print(f"{time.time() - started:.0f} s; wrote checkpoint.safetensors, log.jsonl, result.json, report.png to {out}")
 
 

@@ -27,6 +27,7 @@ transformers.logging.disable_progress_bar()
 SPECIAL_TOKENS = ("[cls]", "[loc]", "[adv]")
 NO_ACTION = "No action."
 ANSWER = "\nAnswer: "
+CUT = "…"                             # closes a generated answer that did not end by itself
 
 
 class LanguageFeatures(NamedTuple):
@@ -50,7 +51,8 @@ def proposal_text(segments, labels: list) -> str:
 
     segments: (N, 2) in frames of the window; labels: N names. A fixed sentence when N is 0.
     """
-    rows = sorted((round(float(start)), round(float(end)), label) for (start, end), label in zip(segments, labels))
+    rows = sorted((max(0, round(float(start))), round(float(end)), label)        # a feature sees beyond its window
+                  for (start, end), label in zip(segments, labels))
     return ", ".join(f"{label}: {start}-{end}" for start, end, label in rows) + "." if rows else NO_ACTION
 
 
@@ -60,7 +62,8 @@ def parse_proposals(text: str, classes: list) -> list:
     Accepts any text: entries that are not `label: start-end` with a known label (in any case) are passed over.
     """
     known = {c.lower(): c for c in classes}
-    found = re.findall(r"([^,.;:\n]+)\s*:\s*(\d{1,9})\s*-\s*(\d{1,9})", text)
+    # ++ and *+ never go back: endless spaces would take minutes otherwise.
+    found = re.findall(r"([^,.;:\n]++):\s*+(\d{1,9})\s*+-\s*+(\d{1,9})", text)
     return [(known[label.strip().lower()], int(start), int(end))
             for label, start, end in found if label.strip().lower() in known]
 
@@ -113,26 +116,61 @@ class LanguageModel(nn.Module):
     def forward(self, f_vis: torch.Tensor, mask: torch.Tensor, answers: list | None = None) -> LanguageFeatures:
         """f_vis (B, L, D) vision features of unit scale, mask (B, L) bool, answers: B texts or None."""
         B, L, D = f_vis.size()
-        frames, frames_valid = self.frame_tokens(f_vis, mask)                       # (B, 4L, D), (B, 4L)
-        prompt = repeat(self.embed(self.prompt_ids), "t d -> b t d", b=B)           # (B, T, D)
-        prompt_valid = mask.new_ones(B, prompt.size(1))
         answer_ids, answer_valid, targets = self.answer_tokens(answers, B, mask.device)
-        first = [(frames, frames_valid), (prompt, prompt_valid)]
-        if self.layout == "text-first":
-            first.reverse()
-        tokens, valid = zip(*first, (self.embed(answer_ids), answer_valid))
-        tokens, valid = torch.cat(tokens, 1), torch.cat(valid, 1)                   # (B, N, D), (B, N)
-        prefix = 4 * L + prompt.size(1)
-        with self.autocast(mask.device):
-            hidden = self.lm.get_base_model().model(
-                inputs_embeds=tokens.to(self.lm.dtype),
-                attention_mask=prefix_lm_mask(valid, prefix if self.layout == "frames-first" else 0),
-                position_ids=(valid.cumsum(1) - 1).clamp(min=0), use_cache=False).last_hidden_state
-        begin = prompt.size(1) if self.layout == "text-first" else 0
+        tokens, valid = self.sequence(f_vis, mask, answer_ids, answer_valid)        # (B, N, D), (B, N)
+        hidden = self.hidden_states(tokens, valid, self.attention(valid, L))
+        prefix = self.sequence_length(L)
+        begin = len(self.prompt_ids) if self.layout == "text-first" else 0
         v, cls, loc, adv = rearrange(hidden[:, begin:begin + 4 * L].float(), "b (l four) d -> four b l d", four=4)
         features = {"special": (cls, loc, adv), "shared": (cls, cls, cls), "vision": (v, v, v)}[self.tokens]
         text_loss = None if answers is None else self.text_loss(hidden[:, prefix:], targets)
         return LanguageFeatures(*features, text_loss)
+
+    @torch.no_grad()
+    def generate(self, f_vis: torch.Tensor, mask: torch.Tensor, max_new_tokens: int = 256) -> list[str]:
+        """Write the answer T_pred of B windows (question answering, Table 2): at every step the most likely token.
+
+        f_vis (B, L, D), mask (B, L) as in forward. An answer that goes on after max_new_tokens (>= 1) ends with CUT.
+        """
+        lead = torch.tensor(self.tokenizer(ANSWER, add_special_tokens=False).input_ids, device=mask.device)
+        lead, eos = repeat(lead, "a -> b a", b=len(mask)), self.tokenizer.eos_token_id
+        tokens, valid = self.sequence(f_vis, mask, lead, torch.ones_like(lead, dtype=torch.bool))
+        attention, cache, written = self.attention(valid, mask.size(1)), transformers.DynamicCache(), []
+        ended = torch.zeros_like(mask[:, 0])                                        # (B,)
+        while len(written) < max_new_tokens and not ended.all():
+            hidden = self.hidden_states(tokens, valid, attention, cache)[:, -1]     # (B, D)
+            with self.autocast(mask.device):
+                token = self.lm.get_base_model().lm_head(hidden).argmax(-1)         # (B,)
+            written.append(token.masked_fill(ended, eos))
+            ended = ended | (token == eos)
+            # The next step reads this token alone; everything before it is in the cache.
+            tokens, valid = self.embed(written[-1][:, None]), F.pad(valid, (0, 1), value=True)
+            attention = valid[:, None, None]
+        rows = [row[:row.index(eos)] if eos in row else row for row in torch.stack(written, 1).tolist()]
+        texts = self.tokenizer.batch_decode(rows, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return [text if end else text + CUT for text, end in zip(texts, ended.tolist())]
+
+    def sequence(self, f_vis, mask, answer_ids, answer_valid):
+        """Frames and prompt in order of the layout, then the answer: embeddings (B, N, D), which are real (B, N)."""
+        prompt = repeat(self.embed(self.prompt_ids), "t d -> b t d", b=len(mask))   # (B, T, D)
+        first = [self.frame_tokens(f_vis, mask), (prompt, mask.new_ones(prompt.shape[:2]))]
+        if self.layout == "text-first":
+            first.reverse()
+        tokens, valid = zip(*first, (self.embed(answer_ids), answer_valid))
+        return torch.cat(tokens, 1), torch.cat(valid, 1)
+
+    def attention(self, valid, L: int):
+        """The mask of the layout for whole sequences with L frames: valid (B, N) -> (B, 1, N, N)."""
+        return prefix_lm_mask(valid, self.sequence_length(L) if self.layout == "frames-first" else 0)
+
+    def hidden_states(self, tokens, valid, attention, cache=None):
+        """Last hidden states (B, n, D) of tokens (B, n, D), the last n of the sequence whose real tokens are `valid`
+        (B, N). attention: (B, 1, n, N) bool. cache: keys and values of what was read before; it is added to."""
+        position = (valid.cumsum(1) - 1).clamp(min=0)[:, -tokens.size(1):]
+        with self.autocast(tokens.device):
+            return self.lm.get_base_model().model(
+                inputs_embeds=tokens.to(self.lm.dtype), attention_mask=attention, position_ids=position,
+                past_key_values=cache, use_cache=cache is not None).last_hidden_state
 
     def autocast(self, device):
         """Arithmetic in bfloat16 if that is the dtype of the frozen weights; LoRA's float32 weights are cast there."""
@@ -267,6 +305,7 @@ def make_tiny_lm(folder, texts: list, dim=128, layers=2, seed=0) -> None:
             vocab_size=len(tokenizer), hidden_size=dim, intermediate_size=2 * dim, num_hidden_layers=layers,
             num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=32768, tie_word_embeddings=True,
             initializer_range=dim ** -0.5,
-            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None))
+            # No pad_token_id: its embedding would be 0, and with tied embeddings the end could never be written.
+            eos_token_id=tokenizer.eos_token_id, pad_token_id=None, bos_token_id=None))
     tokenizer.save_pretrained(folder)
     model.save_pretrained(folder)

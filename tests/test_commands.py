@@ -27,7 +27,7 @@ def command(*words, **kwargs):
 def demo(tmp_path_factory):
     """A demo of few videos, and the flags that train on it for two epochs."""
     folder = tmp_path_factory.mktemp("demo")
-    data.make_demo(folder / "data", train=4, test=2)
+    data.make_demo(folder / "data", train=4, test=2, incomplete=2)
     return folder, ["--videos", folder / "data/videos", "--annotations", folder / "data/annotations.json",
                     "--descriptions", folder / "data/descriptions.json", "--epochs", 2, "--warmup-epochs", 1,
                     "--device", "cpu", "--out", folder / "out"]
@@ -215,6 +215,33 @@ def test_bias_gives_lap_and_mla(trained, tmp_path, capsys):
     assert re.search(r"with unmatched descriptions .* LAP -?\d", capsys.readouterr().out)
     figures = json.loads((tmp_path / "f.json").read_text())
     assert set(figures["mLA"]) == {"all", *figures["AP"]} and isinstance(figures["LAP"], float)
+
+
+def test_question_answering_writes_answers_rates_and_histogram(trained, tmp_path, capsys):
+    assert evaluate.main(["--checkpoint", str(trained[0]), "--formulation", "qa", "--max-new-tokens", "8", "--out",
+                          str(tmp_path), "--json", str(tmp_path / "f.json"), "--device", "cpu"]) == 0
+    printed = capsys.readouterr().out
+    assert table(printed)[2].startswith("| mAP") and "LAP" in printed and "hallucinations in 2 windows" in printed
+    assert {p.name for p in tmp_path.iterdir()} == {"answers.json", "boundaries.png", "f.json", "result-qa.json"}
+    assert set(json.loads((tmp_path / "f.json").read_text())["hallucination"]) == {"fixed", "infinite"}
+    answers = json.loads((tmp_path / "answers.json").read_text())
+    assert [a["video"] for a in answers] == ["test_000", "test_001"] and all(a["text"] is not None for a in answers)
+
+
+def test_groups_and_incomplete_actions(trained, tmp_path, capsys):
+    figures = tmp_path / "f.json"
+    common = ["--checkpoint", str(trained[0]), "--device", "cpu", "--json", str(figures)]
+    assert evaluate.main(common) == 0
+    assert evaluate.main([*common, "--groups", str(figures), "--easy", "0.1", "--hard", "0.1"]) == 0
+    groups = json.loads(figures.read_text())["groups"]
+    assert list(groups) == ["easy", "medium", "hard"] and {row["gain"] for row in groups.values()} <= {0.0, None}
+    assert evaluate.main([*common, "--incomplete"]) == 0
+    assert set(json.loads(figures.read_text())) == {"mConf", "mLen", "acc@0.3", "acc@0.5", "acc@0.7"}
+    assert re.search(r"\d+ incomplete actions in 2 videos", capsys.readouterr().out)
+    (tmp_path / "mine.json").write_bytes((trained[0].parent / "data/incomplete.json").read_bytes())
+    assert evaluate.main([*common, "--incomplete", str(tmp_path / "mine.json")]) == 0
+    assert {p.name for p in tmp_path.iterdir()} == {"f.json", "mine.json"}            # no demo is rendered beside it
+    assert evaluate.main([*common, "--incomplete", str(tmp_path / "nowhere.json")]) == 2
 
 
 @pytest.mark.parametrize("flags", [["--lambda-lang", "generated"], ["--features-used", "language"],

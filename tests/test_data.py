@@ -389,7 +389,7 @@ def test_centre_crop():
 # ---------------------------------------------------------------- the demo
 def test_demo_is_deterministic_and_complete(tmp_path):
     for name in "ab":
-        data.make_demo(tmp_path / name, train=2, test=1)
+        data.make_demo(tmp_path / name, train=2, test=1, incomplete=1)
     for file in ("annotations.json", "descriptions.json", "videos/test_000.mp4", "videos/training_001.mp4"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
     videos = data.find_files(load_annotations(tmp_path / "a" / "annotations.json"), tmp_path / "a" / "videos")
@@ -399,9 +399,30 @@ def test_demo_is_deterministic_and_complete(tmp_path):
 
 
 def test_demo_training_and_test_clips_differ(tmp_path):
-    data.make_demo(tmp_path, train=1, test=1)
+    data.make_demo(tmp_path, train=1, test=1, incomplete=1)
     one, two = load_annotations(tmp_path / "annotations.json")
     assert one.segments.tolist() != two.segments.tolist()
+
+
+def test_demo_incomplete_actions_begin_like_the_action_and_go_back():
+    for complete, halfway in ((True, False), (False, True)):
+        poses, balls, annotations = data.demo_script(np.random.default_rng([0, 3, 0]), 10, complete)
+        for a in annotations:
+            first, last = (round(10 * t) for t in a["segment"])
+            pose, ball = data.demo_action(a["label"], np.zeros(1))
+            goes_back = np.allclose(poses[last - 1], pose[0]) and np.allclose(balls[last - 1], ball[0])
+            assert np.allclose(poses[first], pose[0])
+            assert goes_back == (halfway or a["label"] in ("Wave", "JumpingJack"))     # these two end as they began
+
+
+def test_demo_incomplete_clips_are_added_to_a_demo_that_has_none(tmp_path):
+    data.make_demo(tmp_path, train=1, test=1, incomplete=1)
+    before = (tmp_path / "annotations.json").read_bytes()
+    (tmp_path / "incomplete.json").unlink()
+    data.make_demo(tmp_path, train=1, test=1, incomplete=1)
+    video, = data.find_files(load_annotations(tmp_path / "incomplete.json"), tmp_path / "videos")
+    assert (video.name, video.subset) == ("incomplete_000", "incomplete") and len(video.labels) in (3, 4)
+    assert (tmp_path / "annotations.json").read_bytes() == before
 
 
 @pytest.mark.parametrize("one, other", [("SitDown", "StandUp"), ("Throw", "Catch")])
@@ -412,9 +433,9 @@ def test_demo_pairs_show_the_same_poses_in_opposite_order(one, other):
 
 
 def test_demo_is_not_written_twice(tmp_path):
-    data.make_demo(tmp_path, train=1, test=1)
+    data.make_demo(tmp_path, train=1, test=1, incomplete=1)
     (tmp_path / "videos" / "test_000.mp4").unlink()
-    data.make_demo(tmp_path, train=1, test=1)
+    data.make_demo(tmp_path, train=1, test=1, incomplete=1)
     assert not (tmp_path / "videos" / "test_000.mp4").exists()
 
 

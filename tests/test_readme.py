@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import evaluate
+import reproduce
 import train
 
 ROOT = Path(__file__).parents[1]
@@ -35,12 +36,13 @@ def test_the_table_has_all_nine_equations_and_the_algorithm():
 
 
 def test_every_flag_in_the_readme_exists():
-    known = " ".join(train.build_parser().format_help().split() + evaluate.build_parser().format_help().split())
+    known = " ".join(" ".join(module.build_parser().format_help().split()) for module in (train, evaluate, reproduce))
     for flag in set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)):
         assert flag in known, flag
 
 
 def test_every_file_in_the_readme_exists():
     for name in set(re.findall(r"`((?:tests/|descriptions/|docs/)?[\w-]+\.(?:py|json|png|txt))`", README)):
-        written_by_a_run = name in ("log.jsonl", "result.json", "report.png", "annotations.json", "descriptions.json")
+        written_by_a_run = name in ("log.jsonl", "result.json", "report.png", "annotations.json", "descriptions.json",
+                                    "answers.json", "boundaries.png")
         assert written_by_a_run or (ROOT / name).exists(), name

@@ -1,6 +1,7 @@
 """Language feature generation (§3.2, Eq. 7-8, Appendix B): prompt, answer, attention, LoRA."""
 import json
 import shutil
+import time
 
 import pytest
 import torch
@@ -42,6 +43,7 @@ def test_table9_without_descriptions_labels_remain():
 def test_eq7_proposal_text_is_in_order_of_start_with_whole_frames():
     assert proposal_text([[60.4, 75.0], [11.6, 48.2]], ["Diving", "LongJump"]) == "LongJump: 12-48, Diving: 60-75."
     assert proposal_text([], []) == vlm.NO_ACTION
+    assert proposal_text([[-1.6, 3.0]], ["Diving"]) == "Diving: 0-3."         # a feature sees beyond its window
 
 
 def test_eq7_text_round_trip():
@@ -55,6 +57,12 @@ def test_eq7_text_round_trip():
 ])
 def test_parse_proposals_takes_whatever_a_language_model_writes(text, expected):
     assert parse_proposals(text, list(CLASSES)) == expected
+
+
+@pytest.mark.parametrize("part", [" ", "Run ", "1", ":", "Run:", "Run: 1 ", "-", ", "])
+def test_parse_proposals_takes_an_endless_answer(part):
+    started = time.time()
+    assert parse_proposals(part * 4000, ["Run"]) == [] and time.time() - started < 5
 
 
 def test_prefix_lm_mask_by_hand():
@@ -257,3 +265,47 @@ def test_what_is_no_language_model_is_an_error_that_names_the_folder(tmp_path, c
     with pytest.raises(InputError, match=message) as caught:
         vlm.load_language_model(folder, torch.float32)
     assert str(folder) in str(caught.value)
+
+
+@pytest.fixture(scope="module", params=["frames-first", "text-first"])
+def writer(request, lm_folder):
+    """A model that was trained for some steps to write one answer for each of two windows."""
+    model = make(lm_folder, layout=request.param)
+    f_vis, mask = inputs((8, 5))
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    for _ in range(60):
+        optimizer.zero_grad()
+        model(f_vis, mask, ANSWERS).text_loss.backward()
+        optimizer.step()
+    return model, f_vis, mask
+
+
+ANSWERS = ["Jump: 1-5, Run: 6-7.", "Run: 2-4."]
+
+
+def test_generate_writes_what_it_was_trained_to_write(writer):
+    model, f_vis, mask = writer
+    assert model.generate(f_vis, mask) == ANSWERS
+
+
+def test_generate_one_window_alone_and_under_more_padding_writes_the_same(writer):
+    model, f_vis, mask = writer
+    assert [model.generate(f_vis[b:b + 1, :n], mask[b:b + 1, :n])[0] for b, n in enumerate((8, 5))] == ANSWERS
+    assert model.generate(F.pad(f_vis, (0, 0, 0, 3), value=9.0), F.pad(mask, (0, 3))) == ANSWERS
+
+
+@pytest.mark.parametrize("layout", ["frames-first", "text-first"])
+def test_generate_is_the_argmax_of_the_teacher_forced_logits(lm_folder, layout, monkeypatch):
+    model = make(lm_folder, layout=layout)                           # untrained: writes anything, and does not end
+    f_vis, mask = inputs((8, 5))
+    ids, decode = [], model.tokenizer.batch_decode
+    monkeypatch.setattr(model.tokenizer, "batch_decode", lambda rows, **kw: ids.extend(rows) or decode(rows, **kw))
+    texts = model.generate(f_vis, mask, max_new_tokens=12)
+    assert all(len(row) == 12 and text.endswith(vlm.CUT) for row, text in zip(ids, texts))
+    lead = model.tokenizer(vlm.ANSWER, add_special_tokens=False).input_ids
+    answer = torch.tensor([lead + row for row in ids])
+    tokens, valid = model.sequence(f_vis, mask, answer, torch.ones_like(answer, dtype=torch.bool))
+    with torch.no_grad():
+        hidden = model.hidden_states(tokens, valid, model.attention(valid, 8))
+        logits = model.lm.get_base_model().lm_head(hidden[:, -13:-1])
+    assert logits.argmax(-1).tolist() == ids

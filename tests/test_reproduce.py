@@ -1,0 +1,89 @@
+"""The report of the paper's ablations: its tables, its order of runs, its sentences, and two runs for real."""
+import json
+
+import pytest
+
+import data
+import evaluate
+import reproduce
+import train
+
+
+def write_figures(folder, average, AP=None):
+    folder.mkdir(parents=True)
+    (folder / "figures.json").write_text(json.dumps({"average": average, "AP": AP or {"a": [average]}}))
+
+
+def test_every_row_names_a_run_and_has_a_figure_of_the_paper_for_every_column():
+    for table in reproduce.TABLES.values():
+        for label, run, file, paper in table.rows:
+            assert run in reproduce.RUNS and file.endswith(".json") and len(paper) == len(table.columns), label
+    assert next(iter(reproduce.RUNS)) == "vision-only"
+
+
+def test_a_report_from_figures_that_are_there_runs_nothing(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(reproduce, "command", lambda *a: pytest.fail("there was nothing to run"))
+    monkeypatch.setattr(reproduce, "make_demo", lambda folder: None)
+    for i, run in enumerate(("labels", "vision-tokens", "shared-token", "without-tg", "full")):
+        for seed in (0, 1):
+            write_figures(tmp_path / f"{run}-seed{seed}", 0.9 + 0.01 * i + 0.02 * seed)
+    assert reproduce.main(["--out", str(tmp_path), "--only", "9", "--seeds", "0", "1"]) == 0
+    text = (tmp_path / "report.md").read_text()
+    assert "| without descriptions | 91.0 ± 1.4 (70.7) |" in text and "| full | 95.0 ± 1.4 (72.0) |" in text
+    assert "average mAP: 1 of 10 pairs do not stand in the paper's order; 0 of these" in text    # shared, without L_tg
+    assert reproduce.main(["--out", str(tmp_path), "--only", "9", "--epochs", "3"]) == 2
+    assert "expected a folder of runs with" in capsys.readouterr().err
+
+
+def test_compare_counts_pairs_and_names_those_that_are_clear():
+    paper = [1, 2, 3, None]
+    assert reproduce.compare("abcd", paper, [[1], [2], [3], [0]]) == "all 3 pairs stand in the paper's order."
+    assert "one seed cannot say" in reproduce.compare("abcd", paper, [[2], [1], [3], []])
+    said = reproduce.compare("abcd", paper, [[5, 5.2], [2, 2.2], [5, 5.3], []])
+    assert said.startswith("1 of 3 pairs") and "1 of these" in said and said.endswith("(a / b).")
+
+
+def test_thirds_of_the_classes_are_easy_and_hard(tmp_path):
+    AP = {name: [value] for name, value in zip("abcdef", (.9, .1, .5, .6, .8, .3))}
+    write_figures(tmp_path / "r", 0, AP)
+    _, _, _, hard, _, easy = reproduce.group_flags(tmp_path / "r" / "figures.json")
+    assert (hard, easy) == (.5, .8)                                      # below .5: .1, .3; from .8 on: .8, .9
+
+
+def test_needed_runs_are_those_of_the_tables_once_each():
+    args = reproduce.build_parser().parse_args(["--out", "x", "--only", "2", "3", "--seeds", "7"])
+    names = {name: files for name, _, files in reproduce.needed(args)}
+    assert list(names) == ["vision-only", "full", "language-only", "without-adv"]
+    assert names["full"] == ["bias.json", "figures.json", "groups.json", "qa.json"]
+
+
+def test_two_runs_are_resumed_and_not_repeated(tmp_path, monkeypatch, capsys):
+    """The commands in this process, which saves loading torch ten times."""
+    data.make_demo(tmp_path / "data", train=2, test=1, incomplete=1)
+    ran = []
+
+    def here(args, folder, script, *flags):
+        ran.append((folder.name, script, *flags))
+        assert {"train.py": train.main, "evaluate.py": evaluate.main}[script]([*map(str, flags)]) == 0
+    monkeypatch.setattr(reproduce, "command", here)
+    monkeypatch.setattr(reproduce, "TABLES", {number: reproduce.TABLES[number]._replace(
+        rows=[row for row in reproduce.TABLES[number].rows if row[1] in ("vision-only", "full")]) for number in (3, 5)})
+    flags = ["--out", str(tmp_path / "out"), "--seeds", "0", "--epochs", "1", "--only", "3", "5", "--jobs", "1", "--",
+             "--videos", str(tmp_path / "data/videos"), "--annotations", str(tmp_path / "data/annotations.json"),
+             "--descriptions", str(tmp_path / "data/descriptions.json")]
+    assert reproduce.main(flags) == 0, capsys.readouterr().err
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "| full |" in text and "## Table 5" in text and "mLA of the full model:" in text
+    assert [script for _, script, *_ in ran].count("train.py") == 2
+    ran.clear()
+    (tmp_path / "out" / "full-seed0" / "report.png").unlink()            # as if it had been stopped at the end
+    (tmp_path / "out" / "full-seed0" / "incomplete.json").unlink()
+    assert reproduce.main(flags) == 0
+    assert [(name, script) for name, script, *_ in ran] == [("full-seed0", "train.py"), ("full-seed0", "evaluate.py")]
+    assert "--resume" in ran[0] and "--incomplete" in ran[1]
+
+
+def test_a_command_that_fails_is_an_error_with_its_last_lines(tmp_path):
+    args = reproduce.build_parser().parse_args(["--out", str(tmp_path)])
+    with pytest.raises(data.InputError, match=r"(?s)evaluate.py ended with code 2 in .*nowhere.*expected a checkpoint"):
+        reproduce.command(args, tmp_path / "r", "evaluate.py", "--checkpoint", tmp_path / "nowhere")
