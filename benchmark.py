@@ -296,15 +296,15 @@ def full_size(device: str) -> int:
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, CAP * 2**30 / total))
         print(f"at most {CAP} GiB of its memory; {peak / 1e12:.0f} TFLOPs measured in bfloat16 matrix products")
-    print("\n| model | parameters | peak memory | step, vision only | step, vision-language | ratio | inference, vision "
-          "only / full | tokens/s in training | FLOPs of a step, MFU |\n|:--|" + "--:|" * 8)
+    print("\n| model | parameters | peak memory | step, vision only | step, vision-language | ratio | inference, "
+          "vision only / full | tokens/s in training | FLOPs of a step, MFU |\n|:--|" + "--:|" * 8)
     for vision in VISION:
         for qwen in QWEN:
             print(full_size_row(vision, qwen, device, reduced, peak), flush=True)
     sizes = "32 frames of 32 x 32, 2 layers and an eighth of the width, because there is no GPU, LoRA of rank 8" \
         if reduced else "768 frames of 160 x 160, LoRA of rank 128"
-    print(f"\nRandom weights; one window of {sizes}; the 20 classes of THUMOS14; activation checkpointing; AdamW and weight "
-          "average in the step. MFU: FLOPs without recomputation over the peak.")
+    print(f"\nRandom weights; one window of {sizes}; the 20 classes of THUMOS14; activation checkpointing; AdamW and "
+          "weight average in the step. MFU: FLOPs without recomputation over the peak.")
     return 0
 
 
@@ -322,10 +322,10 @@ def full_size_row(vision: str, qwen: str, device: str, reduced: bool, peak: floa
         infer = [timed(device, partial(run.model, batch, use_language)) for use_language in (False, True)]
     tokens = run.model.language.sequence_length(batch.mask.size(1))
     parameters = sum(p.numel() for p in run.model.parameters())
-    mfu = f"{flops / full / peak:.0%}" if peak else "-"
+    mfu = f"{flops / 1e12:.3g} TFLOPs, " + (f"{flops / full / peak:.0%}" if peak else "-")
     return (f"| ActionVLM-{vision}-{qwen}{', reduced' * reduced} | {parameters / 1e6:,.0f} M | {memory:.1f} GiB | "
             f"{duration(without)} | {duration(full)} | {full / without:.2f} | {duration(infer[0])} / "
-            f"{duration(infer[1])}, {infer[1] / infer[0]:.2f} | {tokens / full:,.0f} | {flops / 1e12:.3g} TFLOPs, {mfu} |")
+            f"{duration(infer[1])}, {infer[1] / infer[0]:.2f} | {tokens / full:,.0f} | {mfu} |")
 
 
 def random_run(vision: str, qwen: str, device: str, reduced: bool):

@@ -193,8 +193,8 @@ def score_incomplete(args) -> None:
     from train import load_data
     model, trained, _ = open_checkpoint(args)
     if not args.incomplete and trained.dataset != "demo":
-        raise InputError(f"--incomplete: expected an annotation file with it, because {args.checkpoint} was not trained "
-                         f"on the demo")
+        raise InputError(f"--incomplete: expected an annotation file with it, because {args.checkpoint} was not "
+                         f"trained on the demo")
     clips = copy.copy(trained)
     clips.train_subset = clips.test_subset = "incomplete"
     clips.annotations = args.incomplete or str(Path(trained.annotations).with_name("incomplete.json"))
@@ -302,7 +302,8 @@ def detect_as_trained(model, test, trained) -> Detections:
     """`detect` by the flags of the training. Of several processes each takes its share of the videos; all get all."""
     rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     share = test.share(rank, processes)
-    scores = trained.external_scores and load_external_scores(trained.external_scores, model.config.classes, test.videos)
+    file = trained.external_scores
+    scores = file and load_external_scores(file, model.config.classes, test.videos)
     own = detect(model, share, trained.batch_size, scores, trained.workers, **nms_flags(trained))
     if processes == 1:
         return own
@@ -405,7 +406,7 @@ def unmatched_descriptions(descriptions: dict) -> dict:
 def language_advantage_on_performance(matched: float, unmatched: float) -> float:
     """LAP (§4.3): the relative drop of the average mAP with unmatched descriptions; 0 where there is nothing to lose.
 
-    matched, unmatched: average mAP with the right and with exchanged descriptions. Small means that vision is in charge.
+    matched, unmatched: average mAP with the right and with exchanged descriptions. Small: vision is in charge.
     """
     return (matched - unmatched) / matched if matched else 0.0
 

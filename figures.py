@@ -35,7 +35,7 @@ def one_video(path, video: Video, detections, descriptions: dict, min_score: flo
 
 
 def boundaries(path, steps: list) -> None:
-    """Fig. 6: how often each step of a window is start or end of an answer's proposal; arrows at the eight most frequent.
+    """Fig. 6: how often each step of a window is start or end of a proposal in an answer; arrows at the eight highest.
     """
     figure, axis = plt.subplots(figsize=(9, 3), layout="constrained")
     values, counts = np.unique(np.array(steps, dtype=np.int64), return_counts=True)

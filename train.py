@@ -313,8 +313,8 @@ def build_parser() -> argparse.ArgumentParser:
     group("--dataset", choices=sorted(PRESETS), default="demo", help="preset of flags (data.PRESETS)")
     group("--videos", help="folder of video files named as in the annotations: end to end")
     group("--features", help="folder of NAME.npy (T, V): instead of --videos")
-    group("--annotations", help="ActivityNet-format JSON, plain or gzip; or the csv files of THUMOS14 or EPIC-Kitchens-100, "
-                                "or their folder")
+    group("--annotations", help="ActivityNet-format JSON, plain or gzip; or a csv file of THUMOS14 or EPIC-Kitchens, "
+                                "or the folder of them")
     group("--labels", choices=["verb", "noun"], default="verb", help="what is to be found in EPIC-Kitchens-100")
     group("--descriptions", help="JSON {label: sentence from start pose to end pose}")
     group("--train-subset", default="training", help="subset name to train on, in any case")
@@ -332,9 +332,8 @@ def build_parser() -> argparse.ArgumentParser:
     group("--resize", type=int, default=182, help="short side before the training crop, pixels")
     group("--workers", type=int, default=0, help="processes that read data (0 = the main one)")
     group = parser.add_argument_group("model").add_argument
-    group("--vision", default="tiny", help="VideoMAE .pth file or folder, or InternViT folder (tiny = a small random one)")
-    group("--lm", default="tiny", help="folder or name of a causal language model, or of InternVL3 (tiny = a small random "
-                                       "one)")
+    group("--vision", default="tiny", help="VideoMAE file or folder, or InternViT folder (tiny = a small random one)")
+    group("--lm", default="tiny", help="folder or name of a causal language model or InternVL3 (tiny: small, random)")
     group("--dtype", choices=["float32", "bfloat16"], default="bfloat16" if gpu else "float32",
           help="of frozen weights and of encoder's and language model's arithmetic; what is trained stays float32 "
                "(default: bfloat16 on a GPU)")
@@ -347,7 +346,7 @@ def build_parser() -> argparse.ArgumentParser:
     group("--features-used", choices=["both", "language"], default="both",
           help="F_vis and F_lang in Eq. 5, or F_lang alone (Table 2)")
     group("--lang-tokens", choices=["special", "shared", "vision"], default="special",
-          help="tokens whose hidden states are F_lang: three special ones, one for all, or the vision tokens (Table 9 b)")
+          help="tokens whose hidden states are F_lang: three special ones, one for all, or vision tokens (Table 9 b)")
     group("--prompt", choices=["descriptions", "labels"], default="descriptions",
           help="actions in the prompt: with their descriptions, or their names alone (Table 9 a)")
     group("--levels", type=int, default=6, help="levels of the pyramid")
@@ -479,8 +478,9 @@ def load_config(args, training: TALDataset, descriptions: dict) -> Config:
 def make_loader(run: "Run", dataset: TALDataset) -> DataLoader:
     """Shuffled batches; the order depends on seed and epoch alone. Of several processes each has its share."""
     sampler = DistributedSampler(dataset, seed=run.args.seed) if dist.is_initialized() else None
-    return DataLoader(dataset, run.args.batch_size, shuffle=sampler is None, sampler=sampler, num_workers=run.args.workers,
-                      collate_fn=partial(collate, multiple=run.model.multiple), generator=torch.Generator())
+    return DataLoader(dataset, run.args.batch_size, shuffle=sampler is None, sampler=sampler,
+                      num_workers=run.args.workers, collate_fn=partial(collate, multiple=run.model.multiple),
+                      generator=torch.Generator())
 
 
 # ------------------------------------------------------------------------------------------------ optimization

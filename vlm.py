@@ -39,7 +39,7 @@ class LanguageFeatures(NamedTuple):
 
 
 def instruction(descriptions: dict) -> str:
-    """T_ins with T_desc in its place (Appendix B.2); descriptions: {label: sentence}, the label alone where it is ""."""
+    """T_ins with T_desc in its place (Appendix B.2); descriptions: {label: sentence, or "" for the label alone}."""
     lines = "\n".join(f"{label}: {text}" if text else label for label, text in descriptions.items())
     return ("This is a video reasoning task for action localization. Identify the start and end frames of each "
             "action in the given video, and output the list of action proposals. "
@@ -177,7 +177,7 @@ class LanguageModel(nn.Module):
         return torch.autocast(device.type, torch.bfloat16, enabled=self.lm.dtype == torch.bfloat16)
 
     def checkpointing(self) -> None:
-        """From now on compute activations again in the backward pass instead of keeping them; the results are the same."""
+        """From now on compute activations again in the backward pass instead of keeping them, with the same results."""
         base = self.lm.get_base_model()
         # The first name is that of newer versions of transformers.
         getattr(base, "activation_checkpointing_enable", base.gradient_checkpointing_enable)({"use_reentrant": False})
@@ -191,8 +191,9 @@ class LanguageModel(nn.Module):
         limit, answer = self.lm.config.max_position_embeddings, 256
         if self.sequence_length(L) + answer > limit:
             raise InputError(f"descriptions: a window of {L} frames takes {4 * L} tokens, the {len(self.classes)} "
-                             f"descriptions {len(self.prompt_ids)} and an answer up to {answer}; expected at most {limit}, "
-                             f"what the language model has positions for. Shorten the sentences, or lower --window")
+                             f"descriptions {len(self.prompt_ids)} and an answer up to {answer}; expected at most "
+                             f"{limit}, what the language model has positions for. Shorten the sentences, or "
+                             f"lower --window")
 
     def frame_tokens(self, f_vis, mask):
         """v_l [cls] [loc] [adv] for every frame, v_l on the scale of the model's own embeddings: (B, 4L, D)."""
@@ -245,8 +246,8 @@ def language_config(folder):
         config = transformers.AutoConfig.for_model(**inner)
     except (OSError, ValueError, TypeError, KeyError) as error:
         found = "" if Path(folder).is_dir() else "no such folder, and as a name: "
-        raise InputError(f"--lm {folder}: expected the folder or name of a causal language model that transformers knows, "
-                         f"with config.json, weights and tokenizer, found: {found}{str(error).splitlines()[0]}") from error
+        raise InputError(f"--lm {folder}: expected the folder or name of a causal language model of transformers, with "
+                         f"config.json, weights, tokenizer, found: {found}{str(error).splitlines()[0]}") from error
     if not hasattr(config, "hidden_size"):
         raise InputError(f"--lm {folder}: expected a causal language model, found model_type {config.model_type}")
     return config
