@@ -270,7 +270,7 @@ def test_two_processes_equal_one_with_the_doubled_batch(features, tmp_path):
     flags = [*features[1], "--resize-to", 32, "--drop-path", 0, "--epochs", 6, "--warmup-epochs", 1, "--lr", 1e-3,
              "--lr-lm", 1e-3]
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", 29611]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
     for words in ([*torchrun, tmp_path / "spy.py", tmp_path, *flags, "--batch-size", 1, "--out", tmp_path / "two"],
                   [tmp_path / "spy.py", tmp_path / "one", *flags, "--batch-size", 2, "--out", tmp_path / "one"]):
         done = command(*words, env=env)
