@@ -6,8 +6,7 @@
     python benchmark.py full-size                 # training and inference of the paper's models, random weights
 
 Inputs are random but seeded, and built here. A figure is the median of at least five runs after one that does not
-count.
-The exit code is 1 if a row missed its limit.
+count. The exit code is 1 if a row missed its limit.
 """
 import argparse
 import platform
@@ -278,8 +277,8 @@ def read_window(dataset: TALDataset, folder):
 
 
 # ------------------------------------------------------------------------------------------------ full size
-VISION = {"S": dict(hidden_size=384, num_attention_heads=6, intermediate_size=1536),
-          "B": dict(hidden_size=768, num_attention_heads=12, intermediate_size=3072)}
+VISION = {"S": dict(hidden_size=384, num_hidden_layers=12, num_attention_heads=6, intermediate_size=1536),
+          "B": dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072)}
 QWEN = {"1.5B": dict(hidden_size=1536, num_hidden_layers=28, num_attention_heads=12, intermediate_size=8960),
         "3B": dict(hidden_size=2048, num_hidden_layers=36, num_attention_heads=16, intermediate_size=11008)}
 REPEATS = 5
@@ -301,9 +300,9 @@ def full_size(device: str) -> int:
     for vision in VISION:
         for qwen in QWEN:
             print(full_size_row(vision, qwen, device, reduced, peak), flush=True)
-    sizes = "32 frames of 32 x 32, 2 layers and an eighth of the width, because there is no GPU, LoRA of rank 8" \
+    window = "32 frames of 32 x 32, 2 layers and an eighth of the width, because there is no GPU, LoRA of rank 8" \
         if reduced else "768 frames of 160 x 160, LoRA of rank 128"
-    print(f"\nRandom weights; one window of {sizes}; the 20 classes of THUMOS14; activation checkpointing; AdamW and "
+    print(f"\nRandom weights; one window of {window}; the 20 classes of THUMOS14; activation checkpointing; AdamW and "
           "weight average in the step. MFU: FLOPs without recomputation over the peak.")
     return 0
 
@@ -332,13 +331,10 @@ def random_run(vision: str, qwen: str, device: str, reduced: bool):
     """(Run of a model with random weights, batch of one window of random frames)."""
     torch.manual_seed(0)
     L, side = (32, 32) if reduced else (768, 160)
-    descriptions = read_json(Path(__file__).parent / "descriptions/thumos14.json")
     args = get_train_args(["--dataset", "thumos14", "--videos", "-", "--annotations", "-", "--device", device,
                            "--window", str(L), "--lora-rank", "8" if reduced else "128"])
-    sizes = {k: v // 8 if reduced and k.endswith("_size") else 2 if reduced and k.endswith("layers") else v
-             for k, v in VISION[vision].items()}
-    encoder = dict(sizes, image_size=side, pretrained_image_size=224, num_hidden_layers=2 if reduced else 12)
-    config = Config(descriptions, "random", QWEN[qwen]["hidden_size"] // (8 if reduced else 1), dtype=args.dtype,
+    encoder = dict(sizes(VISION[vision], reduced), image_size=side, pretrained_image_size=224)
+    config = Config(descriptions(), "random", sizes(QWEN[qwen], reduced)["hidden_size"], dtype=args.dtype,
                     vision=encoder, lora_rank=args.lora_rank, lora_alpha=args.lora_alpha, head_window=0)
     with random_language_model(qwen, reduced):
         run = Run(ActionVLM(config).to(device), args, steps_per_epoch=1000)
@@ -351,13 +347,10 @@ def random_run(vision: str, qwen: str, device: str, reduced: bool):
 def random_language_model(qwen: str, reduced: bool):
     """Within: a language model is not read from a folder, but made with Qwen2.5's sizes and random weights."""
     def make(folder, dtype):
-        sizes = {k: v // 8 if reduced and k.endswith("_size") else 2 if reduced and k.endswith("layers") else v
-                 for k, v in QWEN[qwen].items()}
         config = Qwen2Config(vocab_size=2000 if reduced else 151936, num_key_value_heads=2, tie_word_embeddings=True,
-                             **sizes)
+                             **sizes(QWEN[qwen], reduced))
         with tempfile.TemporaryDirectory() as folder:
-            descriptions = read_json(Path(__file__).parent / "descriptions/thumos14.json")
-            vlm.make_tiny_lm(Path(folder) / "lm", [vlm.instruction(descriptions)])
+            vlm.make_tiny_lm(Path(folder) / "lm", [vlm.instruction(descriptions())])
             tokenizer = AutoTokenizer.from_pretrained(Path(folder) / "lm")
         return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa"), tokenizer
     original, vlm.load_language_model = vlm.load_language_model, make
@@ -365,6 +358,17 @@ def random_language_model(qwen: str, reduced: bool):
         yield
     finally:
         vlm.load_language_model = original
+
+
+def sizes(full: dict, reduced: bool) -> dict:
+    """The sizes of a transformer; reduced: an eighth of its widths, 2 layers."""
+    return {k: v // 8 if reduced and k.endswith("_size") else 2 if reduced and k.endswith("layers") else v
+            for k, v in full.items()}
+
+
+def descriptions() -> dict:
+    """{label: sentence} of THUMOS14."""
+    return read_json(Path(__file__).parent / "descriptions/thumos14.json")
 
 
 class OneBatch(list):

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch.utils.data import Dataset
 
@@ -201,6 +202,11 @@ class TALDataset(Dataset):
         frames = read_frames(video.path, times, self.resize if self.training else self.image_size)
         frames = torch.from_numpy(frames).permute(0, 3, 1, 2)                                   # (L', 3, h, w)
         return augment(frames, self.image_size, rng) if self.training else centre_crop(frames, self.image_size)
+
+
+def process_rank() -> tuple:
+    """(number of this process, number of processes); (0, 1) without torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def seconds_to_grid(seconds, fps: float, stride: int, num_frames: int):

@@ -48,7 +48,7 @@ from tqdm import tqdm
 import figures
 from advantage import frame_classes
 from data import (InputError, TALDataset, Video, collate, grid_to_seconds, load_external_scores, open_features,
-                  probe, read_json, seconds_to_grid)
+                  probe, process_rank, read_json, seconds_to_grid)
 from head import decode, nms_per_class
 from vlm import CUT, parse_proposals
 
@@ -272,7 +272,7 @@ def score_test_set(model, test, trained, tiou: list, out: Path):
 def score(path: Path, test, results, tiou: list) -> dict:
     """Write detections as a result file, print their table -> what `mean_average_precision` returns."""
     result = mean_average_precision(to_ground_truth(test.videos), results.predictions, tiou)
-    if not dist.is_initialized() or dist.get_rank() == 0:
+    if process_rank()[0] == 0:
         write_result(path, results.predictions)
     print(format_table(result, tiou))
     return result
@@ -300,7 +300,7 @@ def nms_flags(trained) -> dict:
 
 def detect_as_trained(model, test, trained) -> Detections:
     """`detect` by the flags of the training. Of several processes each takes its share of the videos; all get all."""
-    rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, processes = process_rank()
     share = test.share(rank, processes)
     file = trained.external_scores
     scores = file and load_external_scores(file, model.config.classes, test.videos)

@@ -15,7 +15,7 @@ from torch import nn
 import weights
 from advantage import AdvantagePredictor, ClassMeanLoss
 from head import DetectionHead
-from vlm import LanguageModel, proposal_text
+from vlm import LanguageModel, enable_checkpointing, proposal_text
 
 IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)     # of VideoMAE and InternViT
 
@@ -188,9 +188,7 @@ class VisionEncoder(nn.Module):
 
     def checkpointing(self) -> None:
         """From now on compute activations again in the backward pass: less memory, more time, the same gradients."""
-        # The first name is that of newer versions of transformers.
-        getattr(self.backbone, "activation_checkpointing_enable",
-                self.backbone.gradient_checkpointing_enable)({"use_reentrant": False})
+        enable_checkpointing(self.backbone)
 
     def forward(self, frames: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """frames (B, L k, 3, H, W) uint8, mask (B, L) bool -> (B, L, V); L k is a multiple of the clip length."""

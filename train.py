@@ -33,7 +33,8 @@ from tqdm import tqdm
 import figures
 from advantage import advantage_loss, frame_classes, language_advantage
 from data import (FEATURE_PRESETS, PRESETS, VIDEO_SUFFIXES, InputError, TALDataset, class_names, collate, find_files,
-                  load_annotations, load_descriptions, make_demo, open_features, probe, subset_of)
+                  load_annotations, load_descriptions, make_demo, open_features, probe, process_rank,
+                  subset_of)
 from evaluate import score_test_set
 from head import detection_loss
 from model import TINY_VISION, ActionVLM, Config
@@ -154,8 +155,8 @@ def main(argv=None) -> int:
             some = range(0, len(training), max(1, len(training) // 16))          # 16 videos or a few more
             model.calibrate(collate([training[i]], model.multiple).to(args.device) for i in some)
         same_start(model, args.seed)
-        processes = dist.get_world_size() if dist.is_initialized() else 1
-        run = Run(model, args, steps_per_epoch=math.ceil(len(training) / processes / args.batch_size / args.accumulate))
+        windows = len(training) / process_rank()[1]
+        run = Run(model, args, steps_per_epoch=math.ceil(windows / args.batch_size / args.accumulate))
         if args.resume:
             load_checkpoint(out / "checkpoint.safetensors", run)
         (dry_run if args.dry_run else train)(run, training, test, out)
@@ -260,7 +261,7 @@ def join_processes(args) -> None:
 
 
 def first_process() -> bool:
-    return not dist.is_initialized() or dist.get_rank() == 0
+    return process_rank()[0] == 0
 
 
 @contextmanager

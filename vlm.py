@@ -178,9 +178,7 @@ class LanguageModel(nn.Module):
 
     def checkpointing(self) -> None:
         """From now on compute activations again in the backward pass instead of keeping them, with the same results."""
-        base = self.lm.get_base_model()
-        # The first name is that of newer versions of transformers.
-        getattr(base, "activation_checkpointing_enable", base.gradient_checkpointing_enable)({"use_reentrant": False})
+        enable_checkpointing(self.lm.get_base_model())
 
     def sequence_length(self, L: int) -> int:
         """Tokens of a window of L frames with the prompt, without the answer: 4L + T."""
@@ -235,6 +233,11 @@ class LanguageModel(nn.Module):
     def embed(self, ids):
         """Token ids -> frozen embeddings."""
         return self.lm.get_input_embeddings()(ids)
+
+
+def enable_checkpointing(model) -> None:
+    """Activation checkpointing of a model of transformers; the first name is that of its newer versions."""
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
 def language_config(folder):
