@@ -13,8 +13,10 @@ import torch
 from torch.utils.data import DataLoader
 
 import data
+import demo
 from data import (InputError, TALDataset, Video, collate, grid_to_seconds, load_annotations, load_descriptions,
-                  random_window, read_frames, seconds_to_grid, truncate_segments, window_starts, write_video)
+                  random_window, read_frames, seconds_to_grid, truncate_segments, window_starts)
+from demo import write_video
 
 
 def annotation_file(tmp_path, entry, name="annotations.json"):
@@ -406,10 +408,10 @@ def test_demo_training_and_test_clips_differ(tmp_path):
 
 def test_demo_incomplete_actions_begin_like_the_action_and_go_back():
     for complete, halfway in ((True, False), (False, True)):
-        poses, balls, annotations = data.demo_script(np.random.default_rng([0, 3, 0]), 10, complete)
+        poses, balls, annotations = demo.demo_script(np.random.default_rng([0, 3, 0]), 10, complete)
         for a in annotations:
             first, last = (round(10 * t) for t in a["segment"])
-            pose, ball = data.demo_action(a["label"], np.zeros(1))
+            pose, ball = demo.demo_action(a["label"], np.zeros(1))
             goes_back = np.allclose(poses[last - 1], pose[0]) and np.allclose(balls[last - 1], ball[0])
             assert np.allclose(poses[first], pose[0])
             assert goes_back == (halfway or a["label"] in ("Wave", "JumpingJack"))     # these two end as they began
@@ -428,7 +430,7 @@ def test_demo_incomplete_clips_are_added_to_a_demo_that_has_none(tmp_path):
 @pytest.mark.parametrize("one, other", [("SitDown", "StandUp"), ("Throw", "Catch")])
 def test_demo_pairs_show_the_same_poses_in_opposite_order(one, other):
     u = np.linspace(0, 1, 11)
-    for a, b in zip(data.demo_action(one, u), data.demo_action(other, u)):
+    for a, b in zip(demo.demo_action(one, u), data.demo_action(other, u)):
         np.testing.assert_allclose(a, b[::-1], atol=1e-9)
 
 
