@@ -430,7 +430,7 @@ def test_demo_incomplete_clips_are_added_to_a_demo_that_has_none(tmp_path):
 @pytest.mark.parametrize("one, other", [("SitDown", "StandUp"), ("Throw", "Catch")])
 def test_demo_pairs_show_the_same_poses_in_opposite_order(one, other):
     u = np.linspace(0, 1, 11)
-    for a, b in zip(demo.demo_action(one, u), data.demo_action(other, u)):
+    for a, b in zip(demo.demo_action(one, u), demo.demo_action(other, u)):
         np.testing.assert_allclose(a, b[::-1], atol=1e-9)
 
 
