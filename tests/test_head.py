@@ -700,3 +700,18 @@ def test_vote_segments_hand_values():
 def test_vote_segments_golden(threshold):
     g = golden(f"nms/voting_{threshold}.npz")
     close(vote_segments(g["nms_segs"], g["all_segs"], g["all_scores"], float(g["thr"])), g["out_actionformer"])
+
+
+@pytest.mark.parametrize("length", [1, 2, 7, 64])
+def test_inference_convolution_with_fewer_products_equals_conv1d(length):
+    torch.manual_seed(0)
+    conv, x = head.Conv(24, 10), torch.randn(3, length, 24)
+    expected = F.conv1d(x.mT, conv.weight, conv.bias, padding=1).mT
+    with torch.no_grad():
+        torch.testing.assert_close(conv(x), expected, atol=2e-6, rtol=0)
+    torch.testing.assert_close(conv(x), expected, atol=2e-6, rtol=0)                 # what training computes
+
+
+def test_minimal_filtering_by_hand():
+    x, weight = torch.tensor([[[1.0], [2.0], [4.0]]]), torch.tensor([[[1.0, 10.0, 100.0]]])
+    assert head.minimal_filtering(x, weight).flatten().tolist() == [210.0, 421.0, 42.0]
