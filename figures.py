@@ -75,8 +75,9 @@ def timeline(figure, video: Video, detections, descriptions: dict, min_score: fl
     told = [f"{name}: {descriptions[name]}" for name in names if descriptions.get(name)][:6]
     figure.suptitle(f"{video.name}: detections with a score of at least {min_score}", fontsize=10)
     draw_input(axes[0], video)
-    draw_bars(axes[1], video.segments, video.labels, None, colours)
-    draw_bars(axes[2], found["segments"][shown], [found["labels"][i] for i in shown], found["scores"][shown], colours)
+    draw_bars(axes[1], video.segments, video.labels, None, colours, video.fps)
+    draw_bars(axes[2], found["segments"][shown], [found["labels"][i] for i in shown], found["scores"][shown], colours,
+              video.fps)
     weight = detections.lambda_lang.get(video.name)
     if weight is None:
         axes[3].text(0.5, 0.5, "vision only", transform=axes[3].transAxes, ha="center", va="center")
@@ -101,8 +102,8 @@ def draw_input(axis, video: Video, count: int = 16) -> None:
     axis.set(yticks=[])
 
 
-def draw_bars(axis, segments, labels, scores, colours) -> None:
-    """A bar per segment, each on the first row where it overlaps nothing, with its label and score."""
+def draw_bars(axis, segments, labels, scores, colours, fps: float) -> None:
+    """A bar per segment, each on the first row where it overlaps nothing: label, score, first and last frame."""
     ends = []
     for i in np.argsort([s[0] for s in segments]) if len(segments) else []:
         start, end = segments[i]
@@ -110,5 +111,5 @@ def draw_bars(axis, segments, labels, scores, colours) -> None:
         ends[row:row + 1] = [end]
         axis.barh(row, end - start, left=start, height=0.9, color=colours[labels[i]], edgecolor="black", lw=0.4)
         text = labels[i] if scores is None else f"{labels[i]} {scores[i]:.2f}"
-        axis.text(start, row, " " + text, va="center", fontsize=7, clip_on=True)
+        axis.text(start, row, f" {text}  {start * fps:.0f}-{end * fps:.0f}", va="center", fontsize=7, clip_on=True)
     axis.set(yticks=[], ylim=(-0.6, max(1, len(ends)) - 0.4))

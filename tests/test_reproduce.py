@@ -9,9 +9,9 @@ import reproduce
 import train
 
 
-def write_figures(folder, average, AP=None):
+def write_figures(folder, average, AP=None, name="figures.json"):
     folder.mkdir(parents=True)
-    (folder / "figures.json").write_text(json.dumps({"average": average, "AP": AP or {"a": [average]}}))
+    (folder / name).write_text(json.dumps({"average": average, "AP": AP or {"a": [average]}}))
 
 
 def test_every_row_names_a_run_and_has_a_figure_of_the_paper_for_every_column():
@@ -26,7 +26,8 @@ def test_a_report_from_figures_that_are_there_runs_nothing(tmp_path, capsys, mon
     monkeypatch.setattr(reproduce, "make_demo", lambda folder: None)
     for i, run in enumerate(("labels", "vision-tokens", "shared-token", "without-tg", "full")):
         for seed in (0, 1):
-            write_figures(tmp_path / f"{run}-seed{seed}", 0.9 + 0.01 * i + 0.02 * seed)
+            write_figures(tmp_path / f"{run}-seed{seed}", 0.9 + 0.01 * i + 0.02 * seed,
+                          name="bias.json" if run == "full" else "figures.json")
     assert reproduce.main(["--out", str(tmp_path), "--only", "9", "--seeds", "0", "1"]) == 0
     text = (tmp_path / "report.md").read_text()
     assert "| without descriptions | 91.0 ± 1.4 (70.7) |" in text and "| full | 95.0 ± 1.4 (72.0) |" in text
@@ -54,7 +55,13 @@ def test_needed_runs_are_those_of_the_tables_once_each():
     args = reproduce.build_parser().parse_args(["--out", "x", "--only", "2", "3", "--seeds", "7"])
     names = {name: files for name, _, files in reproduce.needed(args)}
     assert list(names) == ["vision-only", "full", "language-only", "without-adv"]
-    assert names["full"] == ["bias.json", "figures.json", "groups.json", "qa.json"]
+    assert names["full"] == ["bias.json", "groups.json", "qa.json"] and "figures.json" in names["vision-only"]
+
+
+def test_hard_classes_are_the_worst_third_of_the_vision_only_run(tmp_path):
+    write_figures(tmp_path / "r", 0, {name: [value, value] for name, value in zip("abcdef", (.9, .1, .5, .6, .8, .3))})
+    ours = {"AP": {"a": [0, 0], "b": [.2, .4], "c": [0, 0], "d": [0, 0], "e": [0, 0], "f": [.6, .8]}}
+    assert reproduce.hard_mAP(ours, tmp_path / "r" / "figures.json") == pytest.approx((.3 + .7) / 2)
 
 
 def test_two_runs_are_resumed_and_not_repeated(tmp_path, monkeypatch, capsys):
