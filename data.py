@@ -214,6 +214,16 @@ class TALDataset(Dataset):
         return augment(frames, self.image_size, rng) if self.training else centre_crop(frames, self.image_size)
 
 
+def doubt_steps(dataset: TALDataset) -> list:
+    """A sentence, if feature files do not have the number of rows that duration, fps and stride make one expect."""
+    if dataset.image_size or dataset.resize_to:
+        return []
+    ratio = float(np.median([dataset.steps(v) * dataset.stride / (v.duration * v.fps) for v in dataset.videos]))
+    return [] if 0.8 < ratio < 1.25 else [
+        f"feature files have {ratio:.2f} times the rows of duration * fps / stride (median of the test videos); segments "
+        f"are then in the wrong place: check --stride, and fps in the annotations or --fps"]
+
+
 def process_rank() -> tuple:
     """(number of this process, number of processes); (0, 1) without torchrun."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -305,7 +315,7 @@ def read_frames(path, times: np.ndarray, short_side: int) -> np.ndarray:
     out, last, shown = [], None, -math.inf
     scaler = av.video.reformatter.VideoReformatter()                 # one for all frames: making one costs most
     try:
-        with av.open(str(path)) as container:
+        with av.open(str(path), metadata_errors="replace") as container:       # titles in any encoding
             stream = container.streams.video[0]
             tick, start = float(stream.time_base), stream.start_time or 0
             half = 0.5 / float(stream.average_rate or 30)
@@ -354,18 +364,20 @@ def probe(path) -> tuple:
     """(duration in seconds, frames per second) of a video file."""
     import av
     try:
-        with av.open(str(path)) as container:
+        with av.open(str(path), metadata_errors="replace") as container:
             stream = container.streams.video[0]
             fps = float(stream.average_rate)
             seconds = float(stream.duration * stream.time_base) if stream.duration else container.duration / 1e6
+            if not (0 < seconds <= 1e6 and 0 < fps <= 1000):
+                raise ValueError(f"{seconds:g} s of {fps:g} frames a second")
             return seconds, fps
-    except (av.error.FFmpegError, IndexError, OSError, TypeError) as error:
+    except (av.error.FFmpegError, IndexError, OSError, TypeError, ValueError) as error:
         raise unreadable(path, error) from error
 
 
 def unreadable(path, error) -> InputError:
     """What is wrong with a video file, by what PyAV or our reading of it raised."""
-    known = {IndexError: "no video stream", TypeError: "frames without times, or not in order of time"}
+    known = {IndexError: "no video stream", TypeError: "frames without rate or times, or not in order of time"}
     found = known.get(type(error), error)
     return InputError(f"{path}: expected a video that PyAV can decode, found: {found}; "
                       f"re-encode it (ffmpeg -i in -c:v libx264 out.mp4) or leave it out")

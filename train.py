@@ -32,8 +32,8 @@ from tqdm import tqdm
 
 import figures
 from advantage import advantage_loss, frame_classes, language_advantage
-from data import (FEATURE_PRESETS, PRESETS, VIDEO_SUFFIXES, InputError, TALDataset, class_names, collate, find_files,
-                  load_annotations, load_descriptions, make_demo, open_features, probe, process_rank,
+from data import (FEATURE_PRESETS, PRESETS, VIDEO_SUFFIXES, InputError, TALDataset, class_names, collate, doubt_steps,
+                  find_files, load_annotations, load_descriptions, make_demo, open_features, probe, process_rank,
                   subset_of)
 from evaluate import check_ranges, device, score_test_set
 from head import detection_loss
@@ -487,10 +487,11 @@ def load_data(args, feature_dim: int = 0):
                          f"--train-subset {args.train_subset} without a single segment; choose an annotated subset")
     if args.features:
         common["feature_dim"] = feature_dim or open_features(sets[0][0].path).shape[1]
-    for note in notes:
+    training = TALDataset(sets[0], training=True, min_overlap=args.min_overlap, resize=args.resize, **common)
+    test = TALDataset(sets[1], **common)
+    for note in notes + doubt_steps(test):
         print(f"note: {note}", file=sys.stderr)
-    return (TALDataset(sets[0], training=True, min_overlap=args.min_overlap, resize=args.resize, **common),
-            TALDataset(sets[1], **common), descriptions)
+    return training, test, descriptions
 
 
 def with_fps(video, args):

@@ -345,6 +345,14 @@ def test_a_worker_process_reports_the_same(project, fails):
     assert len(message.strip().splitlines()) == 1
 
 
+@pytest.mark.parametrize("flags, ratio", [([], None), (["--stride", "8"], "1.99"), (["--fps", "15"], "1.99"),
+                                          (["--stride", "1"], "0.25"), (["--stride", "1", "--resize-to", "32"], None)])
+def test_features_of_another_stride_or_fps_are_a_note(project, capsys, flags, ratio):
+    assert train.main([*map(str, project[1]), *flags, "--dry-run"]) == 0
+    note = f"feature files have {ratio} times the rows of duration * fps / stride"
+    assert note in capsys.readouterr().err if ratio else "times the rows" not in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("dtype", [np.int64, np.uint8, np.float16, np.float64, ">f4"])
 def test_features_of_other_numbers_are_read(project, dtype):
     np.save(project[0] / "features/a.npy", np.ones((80, 6), dtype))
@@ -391,6 +399,22 @@ def test_videos(video_project, fails, clip, case, fps):
     (folder / "videos/a.mp4").unlink()
     make(folder / "videos/a.mp4", clip.read_bytes())
     fails(train.main, flags, *parts)
+
+
+def test_a_title_in_another_encoding_does_not_matter(video_project):
+    import av
+    folder, flags = video_project
+    with av.open(str(folder / "videos/a.mp4")) as source, av.open(str(folder / "x.mp4"), "w") as container:
+        container.metadata["title"] = "a title"
+        container.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(source.streams.video[0]):
+            if packet.dts is not None:
+                packet.stream = container.streams.video[0]
+                container.mux(packet)
+    content = (folder / "x.mp4").read_bytes()
+    assert b"a title" in content
+    write(folder / "videos/a.mp4", content.replace(b"a title", b"a t\xeft\xe9e"))
+    assert train.main([*map(str, flags), "--dry-run"]) == 0
 
 
 def test_a_duration_that_is_far_from_the_file(video_project, fails):
@@ -686,8 +710,9 @@ def test_flags_that_lack_or_contradict(project, fails):
     ("", "--checkpoint"), ("--checkpoint x --predictions p --ground-truth g", "--checkpoint"),
     ("--ground-truth g", "--predictions"), ("--bias --ground-truth g", "--checkpoint"),
     ("--checkpoint x --tiou 50", "--tiou"), ("--checkpoint x --tiou nan", "--tiou"),
-    ("--checkpoint x --fps -1", "--fps"), ("--checkpoint x --device tpu", "--device"), ("--checkpoint x --min-score nan", "--min-score"),
-    ("--checkpoint x --easy nan", "--easy"), ("--checkpoint x --max-new-tokens 0", "--max-new-tokens"),
+    ("--checkpoint x --fps -1", "--fps"), ("--checkpoint x --device tpu", "--device"),
+    ("--checkpoint x --min-score nan", "--min-score"), ("--checkpoint x --easy nan", "--easy"),
+    ("--checkpoint x --max-new-tokens 0", "--max-new-tokens"),
     ("--checkpoint x --video v --bias", "--video"), ("--checkpoint x --incomplete --bias", "--incomplete"),
     ("--checkpoint no/where", "no/where: expected a checkpoint")])
 def test_flags_of_evaluate(fails, flags, part):
