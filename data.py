@@ -395,8 +395,8 @@ def open_features(path, width: int = 0) -> np.ndarray:
     if rows.dtype.kind not in "fiu":
         raise InputError(f"{path}: expected real numbers, found an array of {rows.dtype}")
     if width and rows.shape[1] != width:
-        raise InputError(f"{path}: expected {width} columns, what the model reads, found {rows.shape[1]}; "
-                         f"extract all videos by the same encoder")
+        raise InputError(f"{path}: expected {width} columns as in the first training video (or in the run's), found "
+                         f"{rows.shape[1]}; extract all videos by the same encoder")
     return rows
 
 
@@ -413,7 +413,8 @@ def read_field(path, field: str) -> dict:
     """The object `field` of a JSON file, plain or gzip."""
     data = read_json(path)
     if not (isinstance(data, dict) and isinstance(data.get(field), dict)):
-        found = f"an object with fields {', '.join(data) or '(none)'}" if isinstance(data, dict) else shorten(data)
+        found = shorten(data) if not isinstance(data, dict) else shorten(data[field]) if field in data \
+            else f"an object with fields {shorten(', '.join(data) or '(none)')}"
         raise InputError(f"{path}: expected an object '{field}' at the top, found {found}. "
                          "Annotations have 'database' and a result file 'results': are the two files swapped?")
     return data[field]
@@ -695,7 +696,7 @@ def find_files(videos: list, folder, suffixes=VIDEO_SUFFIXES, skip_missing: bool
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise InputError(f"{folder}: expected a folder of {'/'.join(suffixes)} files, found none there")
+        raise InputError(f"{folder}: expected a folder of {'/'.join(suffixes)} files, found no folder there")
     files = {p.stem: p for p in sorted(folder.iterdir()) if p.suffix.lower() in suffixes}
     paths = {v.name: files.get(v.name) or files.get(f"v_{v.name}") for v in videos}
     missing = [name for name, path in paths.items() if path is None]

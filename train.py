@@ -395,7 +395,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-MANY, ABOVE_0, BELOW_1 = 10 ** 9, 1e-9, 1 - 1e-9
+MANY, ABOVE_0, BELOW_1 = 10 ** 9, 1e-9, 0.999999
 RANGES = dict(                                                                   # flag=(lowest, highest)
     window=(1, MANY), stride=(1, MANY), num_frames=(0, MANY), frames_per_step=(1, MANY), resize_to=(0, MANY),
     fps=(0, 1000), min_overlap=(0, 1), image_size=(1, MANY), resize=(1, MANY), workers=(0, 1024), lora_rank=(1, MANY),

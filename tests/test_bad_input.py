@@ -148,7 +148,7 @@ ANNOTATIONS = {
     "number of many digits": ('{"database": ' + "9" * 5000 + "}", HERE, "expected a JSON file"),
     "list at the top": ([], HERE, "'database'", "found []"),
     "no database": ({"results": {}}, HERE, "'database'", "results"),
-    "database a list": ({"database": []}, HERE, "'database'"),
+    "database a list": ({"database": []}, HERE, "'database'", "found []"),
     "no videos": ({"database": {}}, HERE, "subset 'train'", "found none"),
     "entry a list": (lambda c: c["database"].update(a=[1]) or c, HERE, VIDEO_A, "found [1]"),
     "annotations an object": (entry(annotations={}), HERE, VIDEO_A, "annotations", "a list"),
@@ -292,7 +292,7 @@ def archive(path):
 
 FEATURES = {
     "missing": (None, "features: ", "per annotated video", "1 of 2: a", "--skip-missing"),
-    "another width": (array((80, 7)), ".npy", "columns", "the model reads"),
+    "another width": (array((80, 7)), ".npy", "columns", "the same encoder"),
     "no rows": (array((0, 6)), "a.npy", "at least one row", "(0, 6)"),
     "no columns": (array((80, 0)), "a.npy", "(80, 0)"),
     "one dimension": (array(80), "a.npy", "(T, V)", "(80,)"),
