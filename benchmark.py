@@ -30,7 +30,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
 import vlm
 from data import Batch, TALDataset, Video, read_json
 from demo import write_video
-from evaluate import mean_average_precision
+from evaluate import device, mean_average_precision
 from head import (DetectionHead, HeadOutput, decode, detection_loss, nms_per_class, pyramid_points,
                   window_attention)
 from model import ActionVLM, Config
@@ -78,7 +78,8 @@ def get_args(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=[*sorted(BENCHMARKS), "full-size"], help="which table")
     parser.add_argument("--only", default="", metavar="NAME", help="only the rows with NAME in them, in any case")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of full-size")
+    parser.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu",
+                        help="of full-size")
     return parser.parse_args(argv)
 
 

@@ -13,9 +13,13 @@ import csv
 import gzip
 import json
 import math
+import reprlib
+import sys
+import zlib
 from collections import Counter
 from copy import copy
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from pathlib import Path
 
 import numpy as np
@@ -138,14 +142,15 @@ class TALDataset(Dataset):
     frames_per_step: frames read per step, at even distances over it.
     resize_to: steps that every whole video is resized to, as its one window; takes the place of window, stride,
         num_frames and of the videos' fps. 0 = off.
+    feature_dim: V that feature files have to have; 0 = any.
     """
 
     def __init__(self, videos, classes, window, stride=1, num_frames=0, training=False, min_overlap=0.5,
-                 image_size=0, resize=0, seed=0, overlap=0.5, frames_per_step=1, resize_to=0):
+                 image_size=0, resize=0, seed=0, overlap=0.5, frames_per_step=1, resize_to=0, feature_dim=0):
         if resize_to:                                            # step l is centred on (l + 0.5) / R of the duration
             window, stride, num_frames = resize_to, 1, 1
             videos = [replace(v, fps=resize_to / v.duration) for v in videos]
-        self.frames_per_step, self.resize_to = frames_per_step, resize_to
+        self.frames_per_step, self.resize_to, self.feature_dim = frames_per_step, resize_to, feature_dim
         self.videos, self.classes, self.L = videos, {c: i for i, c in enumerate(classes)}, window
         self.stride, self.num_frames, self.training = stride, num_frames, training
         self.min_overlap, self.image_size, self.resize, self.seed = min_overlap, image_size, resize, seed
@@ -189,10 +194,13 @@ class TALDataset(Dataset):
     def read_rows(self, video, start, length):
         """(length, V) float32 rows of the feature file; all of them interpolated to `length` with resize_to."""
         chosen = slice(None) if self.resize_to else slice(start, start + length)
-        rows = np.array(open_features(video.path)[chosen], dtype=np.float32)
-        if not np.isfinite(rows).all():
-            raise InputError(f"{video.path}: expected finite features, found NaN or infinity in rows "
-                             f"{start}-{start + len(rows) - 1}; extract this video again or leave it out")
+        with np.errstate(over="ignore"):                         # what is too large for float32 is reported below
+            rows = np.array(open_features(video.path, self.feature_dim)[chosen], dtype=np.float32)
+        bad = ~np.isfinite(rows).all(1)
+        if bad.any():
+            first = bad.argmax() + (0 if self.resize_to else start)
+            raise InputError(f"{video.path}: expected finite features, found NaN or infinity in {bad.sum()} rows, the "
+                             f"first is row {first}; extract this video again or leave it out")
         rows = torch.from_numpy(rows)
         return F.interpolate(rows.T[None], length, mode="linear")[0].T if self.resize_to else rows
 
@@ -204,6 +212,16 @@ class TALDataset(Dataset):
         frames = read_frames(video.path, times, self.resize if self.training else self.image_size)
         frames = torch.from_numpy(frames).permute(0, 3, 1, 2)                                   # (L', 3, h, w)
         return augment(frames, self.image_size, rng) if self.training else centre_crop(frames, self.image_size)
+
+
+def doubt_steps(dataset: TALDataset) -> list:
+    """A sentence, if feature files do not have the number of rows that duration, fps and stride make one expect."""
+    if dataset.image_size or dataset.resize_to:
+        return []
+    ratio = float(np.median([dataset.steps(v) * dataset.stride / (v.duration * v.fps) for v in dataset.videos]))
+    return [] if 0.8 < ratio < 1.25 else [
+        f"feature files have {ratio:.2f} times the rows of duration * fps / stride (median of the test videos); segments "
+        f"are then in the wrong place: check --stride, and fps in the annotations or --fps"]
 
 
 def process_rank() -> tuple:
@@ -289,14 +307,15 @@ def read_frames(path, times: np.ndarray, short_side: int) -> np.ndarray:
 
     Frame times are those of the file: the frame rate may vary, and the first frame is second 0. Seeks to the key frame
     before the first time, so a window deep inside a long video costs as much as one at the start. Times after the last
-    frame get the last frame (durations in annotation files are rounded), unless the file says that it is longer.
+    frame get the last frame (durations in annotation files are rounded), unless the file says that it is longer,
+    or more than half of the times lie past its end.
     Returns (N, h, w, 3) uint8 RGB. Raises InputError naming the file if it cannot be decoded.
     """
     import av
     out, last, shown = [], None, -math.inf
     scaler = av.video.reformatter.VideoReformatter()                 # one for all frames: making one costs most
     try:
-        with av.open(str(path)) as container:
+        with av.open(str(path), metadata_errors="replace") as container:       # titles in any encoding
             stream = container.streams.video[0]
             tick, start = float(stream.time_base), stream.start_time or 0
             half = 0.5 / float(stream.average_rate or 30)
@@ -324,6 +343,9 @@ def read_frames(path, times: np.ndarray, short_side: int) -> np.ndarray:
     if len(out) < len(times) and shown + max(1, 0.1 * seconds) < min(times[-1], seconds):
         raise InputError(f"{path}: expected {seconds:.1f} s, as the file says, found frames up to {shown:.1f} s; "
                          f"it is cut off or broken: get it again or leave it out")
+    if times[len(times) // 2] > max(shown, seconds) + 1:
+        raise InputError(f"{path}: expected frames up to second {times[-1]:.1f}, found the last at second {shown:.1f}; "
+                         f"correct its duration in the annotations, or leave it out with --leave-out")
     return np.stack(out + [last] * (len(times) - len(out)))
 
 
@@ -342,31 +364,39 @@ def probe(path) -> tuple:
     """(duration in seconds, frames per second) of a video file."""
     import av
     try:
-        with av.open(str(path)) as container:
+        with av.open(str(path), metadata_errors="replace") as container:
             stream = container.streams.video[0]
             fps = float(stream.average_rate)
             seconds = float(stream.duration * stream.time_base) if stream.duration else container.duration / 1e6
+            if not (0 < seconds <= 1e6 and 0 < fps <= 1000):
+                raise ValueError(f"{seconds:g} s of {fps:g} frames a second")
             return seconds, fps
-    except (av.error.FFmpegError, IndexError, OSError, TypeError) as error:
+    except (av.error.FFmpegError, IndexError, OSError, TypeError, ValueError) as error:
         raise unreadable(path, error) from error
 
 
 def unreadable(path, error) -> InputError:
     """What is wrong with a video file, by what PyAV or our reading of it raised."""
-    known = {IndexError: "no video stream", TypeError: "frames without times, or not in order of time"}
+    known = {IndexError: "no video stream", TypeError: "frames without rate or times, or not in order of time"}
     found = known.get(type(error), error)
     return InputError(f"{path}: expected a video that PyAV can decode, found: {found}; "
                       f"re-encode it (ffmpeg -i in -c:v libx264 out.mp4) or leave it out")
 
 
-def open_features(path) -> np.ndarray:
-    """A feature file (T, V) as a memory map; never unpickles."""
+def open_features(path, width: int = 0) -> np.ndarray:
+    """A feature file (T, V) of real numbers as a memory map, V = width unless that is 0; never unpickles."""
     try:
-        rows = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
-        raise InputError(f"{path}: expected a .npy file with an array (T, V), found: {error}") from error
+        rows = np.lib.format.open_memmap(path, mode="r")
+    except Exception as error:                             # a damaged header can fail in any way
+        raise InputError(f"{path}: expected a .npy file with an array (T, V), found: {error}; "
+                         f"extract this video again or leave it out") from error
     if rows.ndim != 2 or 0 in rows.shape:
         raise InputError(f"{path}: expected an array (T, V) with at least one row, found shape {rows.shape}")
+    if rows.dtype.kind not in "fiu":
+        raise InputError(f"{path}: expected real numbers, found an array of {rows.dtype}")
+    if width and rows.shape[1] != width:
+        raise InputError(f"{path}: expected {width} columns as in the first training video (or in the run's), found "
+                         f"{rows.shape[1]}; extract all videos by the same encoder")
     return rows
 
 
@@ -375,8 +405,39 @@ def read_json(path):
     try:
         raw = Path(path).read_bytes()
         return json.loads(gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw)
-    except (OSError, EOFError, ValueError) as error:
+    except (OSError, EOFError, ValueError, zlib.error, RecursionError) as error:
         raise InputError(f"{path}: expected a JSON file (plain or gzip), found: {error}") from error
+
+
+def read_field(path, field: str) -> dict:
+    """The object `field` of a JSON file, plain or gzip."""
+    data = read_json(path)
+    if not (isinstance(data, dict) and isinstance(data.get(field), dict)):
+        found = shorten(data) if not isinstance(data, dict) else shorten(data[field]) if field in data \
+            else f"an object with fields {shorten(', '.join(data) or '(none)')}"
+        raise InputError(f"{path}: expected an object '{field}' at the top, found {found}. "
+                         "Annotations have 'database' and a result file 'results': are the two files swapped?")
+    return data[field]
+
+
+def wrong(entry: dict, field: str, expected: str) -> str:
+    """What a message says of one field of an object."""
+    found = reprlib.repr(entry[field]) if field in entry else f"no such field but {shorten(', '.join(entry) or 'none')}"
+    return f"{field}: expected {expected}, found {found}"
+
+
+def is_number(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def is_text(value) -> bool:
+    """Neither blank nor with half a character (a lone surrogate, which JSON may hold and nothing can print)."""
+    return isinstance(value, str) and value.strip() != "" and value.encode(errors="ignore").decode() == value
+
+
+def shorten(value) -> str:
+    """A value for a message; deep or long ones in part."""
+    return (value if len(value) <= 80 else value[:80] + "...") if isinstance(value, str) else reprlib.repr(value)
 
 
 def load_annotations(path, labels: str = "verb", notes: list | None = None) -> list:
@@ -432,8 +493,10 @@ def tidy(video: Video, path, found: Counter) -> Video:
     metric counts them as missed, as THUMOS14's own does. Raises InputError for a duration or segment out of order.
     """
     where, segments, labels = f"{path}: video '{video.name}'", video.segments, np.array(video.labels, dtype=object)
-    if not (np.isfinite(video.duration) and video.duration > 0):
-        raise InputError(f"{where}: expected a duration above 0 seconds, found {video.duration}")
+    if not 0 < video.duration <= 1e6:
+        raise InputError(f"{where}: expected a duration above 0 seconds (and up to 1e6), found {video.duration:g}")
+    if not 0 <= video.fps <= 1000:
+        raise InputError(f"{where}: expected an fps of 0 (not known) to 1000, found {video.fps:g}")
     good = np.isfinite(segments).all(1) & (segments[:, 0] >= 0) & (segments[:, 0] <= segments[:, 1])
     if not good.all():
         raise InputError(f"{where}: expected segments with 0 <= start <= end in seconds, found "
@@ -455,24 +518,46 @@ def tidy(video: Video, path, found: Counter) -> Video:
 
 def read_activitynet(path) -> list:
     """The videos of an ActivityNet-format JSON file."""
-    content = read_json(path)
-    if not isinstance(content, dict) or not isinstance(content.get("database"), dict):
-        raise InputError(f'{path}: expected {{"database": {{video: {{...}}}}}} (ActivityNet format), '
-                         f"found {type(content).__name__} without it")
-    return [parse_video(path, name, entry) for name, entry in content["database"].items()]
+    return [parse_video(f"{path}: video '{name}'", name, entry) for name, entry in read_field(path, "database").items()]
 
 
-def parse_video(path, name: str, entry: dict) -> Video:
-    """One entry of an ActivityNet-format file."""
-    try:
-        duration, fps = float(entry["duration"]), float(entry.get("fps") or 0)
-        rows = entry.get("annotations", [])
-        labels = [str(a["label"]) for a in rows]
-        segments = np.array([[float(t) for t in a["segment"]] for a in rows], dtype=np.float64).reshape(len(rows), 2)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise InputError(f"{path}: video '{name}': expected duration, subset and annotations with label and segment "
-                         f"[start, end] in seconds, found a problem with {error}") from error
-    return Video(name, duration, fps, str(entry.get("subset", "")), segments, labels)
+def parse_video(where: str, name: str, entry: dict) -> Video:
+    """One entry of an ActivityNet-format file; `where` leads the error messages."""
+    if not isinstance(entry, dict):
+        raise InputError(f"{where}: expected an object with subset, duration and annotations, found {shorten(entry)}")
+    fps = entry.get("fps") or 0
+    for good, *problem in ((isinstance(entry.get("subset"), str), "subset", "a text"),
+                           (is_number(entry.get("duration")), "duration", "a number of seconds"),
+                           (is_number(fps), "fps", "a number of frames a second, or 0 to ask the file")):
+        if not good:
+            raise InputError(f"{where}: {wrong(entry, *problem)}; correct it")
+    read = read_segments(f"{where}: annotations", entry.get("annotations"), scored=False)
+    return Video(name, float(entry["duration"]), float(fps), entry["subset"], read["segments"], read["labels"])
+
+
+def read_segments(where: str, entries, scored: bool) -> dict:
+    """[{"label", "segment", and "score" if scored}] of one video as arrays. `where` leads the error messages."""
+    if not isinstance(entries, list):
+        raise InputError(f"{where}: expected a list of segments, found {shorten(entries)}. "
+                         "Write [] for a video without any.")
+    for i, entry in enumerate(entries):
+        if not isinstance(entry, dict):
+            raise InputError(f"{where}[{i}]: expected an object with label and segment, found {shorten(entry)}.")
+        segment = entry.get("segment")
+        if not is_text(entry.get("label")):
+            problem = "label", "a text"
+        elif not (isinstance(segment, list) and len(segment) == 2 and all(map(is_number, segment))):
+            problem = "segment", "two finite numbers [start, end] in seconds"
+        elif scored and not is_number(entry.get("score")):
+            problem = "score", "a finite number"
+        else:
+            continue
+        raise InputError(f"{where}[{i}]/{wrong(entry, *problem)}. Correct or remove this entry.")
+    read = {"segments": np.array([entry["segment"] for entry in entries], dtype=np.float64).reshape(-1, 2),
+            "labels": [entry["label"] for entry in entries]}
+    if scored:
+        read["scores"] = np.array([entry["score"] for entry in entries], dtype=np.float64)
+    return read
 
 
 def read_thumos(path: Path, found: Counter) -> list:
@@ -524,19 +609,21 @@ def read_table(path: Path, **columns) -> list:
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
-            table = [(reader.line_num, row) for row in reader]
+            table, header = [(reader.line_num, row) for row in reader], reader.fieldnames or []
     except (OSError, csv.Error, UnicodeDecodeError) as error:
         raise InputError(f"{path}: expected a csv file, found: {error}") from error
     for name in columns:
-        if name not in (reader.fieldnames or []):
+        if name not in header:
             raise InputError(f"{path}: line 1: expected a column '{name}', found "
-                             f"{', '.join(reader.fieldnames or ['nothing'])[:200]}; check that this is the right file")
+                             f"{', '.join(header)[:200] or 'nothing'}; check that this is the right file")
     kinds, rows = {str: "a name", int: "a whole number", float: "a number", clock: "HH:MM:SS.ff"}, []
     for line, row in table:
         try:
             for name, kind in columns.items():
-                row[name] = kind(row[name] or "?")                      # "?" for an empty cell: no number
-        except ValueError:
+                if not (row[name] or "").strip():
+                    raise ValueError
+                row[name] = kind(row[name])
+        except (ValueError, OverflowError):
             raise InputError(f"{path}: line {line}: column '{name}': expected {kinds[kind]}, found {row[name]!r}; "
                              f"correct the line") from None
         rows.append(tuple(row[name] for name in columns))
@@ -556,32 +643,49 @@ def load_external_scores(path, classes: list, videos: list) -> dict:
     in the order of `classes`, for every one of `videos`.
     """
     content = read_json(path)
-    try:
-        results, names = content["results"], content["class"]
-        found = {v.name: next((results[n] for n in (v.name, f"v_{v.name}", v.name.removeprefix("v_")) if n in results),
-                              None) for v in videos}
-        scores = {name: torch.tensor(row, dtype=torch.float32).reshape(len(names))
-                  for name, row in found.items() if row is not None}
-        columns = [names.index(c) for c in classes if c in names]
-    except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
-        raise InputError(f'{path}: expected {{"results": {{video: [a score per class]}}, "class": [names]}}, found a '
-                         f"problem with {error}") from error
+    results, names = map(content.get, ("results", "class")) if isinstance(content, dict) else (None, None)
+    if not (isinstance(results, dict) and isinstance(names, list)):
+        raise InputError(f'{path}: expected {{"results": {{video: [a score per class]}}, "class": [names]}}, found '
+                         f"{shorten(content)}")
+    found = {v.name: next((results[n] for n in (v.name, f"v_{v.name}", v.name.removeprefix("v_")) if n in results),
+                          None) for v in videos}
+    scores = {name: row for name, row in found.items() if row is not None}
+    for name, row in scores.items():
+        if not (isinstance(row, list) and len(row) == len(names) and all(map(is_number, row))):
+            raise InputError(f"{path}: video '{name}': expected a finite score for each of the {len(names)} names of "
+                             f"'class', found {shorten(row)}")
+    columns = [names.index(c) for c in classes if c in names]
     missing = [name for name in found if name not in scores] + [c for c in classes if c not in names]
     if missing:
         raise InputError(f"{path}: expected scores for every video and class, found none for {first_ten(missing)}")
-    return {name: row[columns] for name, row in scores.items()}
+    return {name: torch.tensor(row, dtype=torch.float32)[columns] for name, row in scores.items()}
 
 
-def load_descriptions(path, classes: list) -> dict:
-    """JSON {label: description} (T_desc) -> the entries of `classes`, in that order; one that lacks is an error."""
+def load_descriptions(path, classes: list, notes: list | None = None) -> dict:
+    """JSON {label: description} (T_desc) -> the entries of `classes`, in that order; one that lacks is an error, and
+    `notes` says which are of no class."""
     content = read_json(path)
-    if not isinstance(content, dict) or not all(isinstance(text, str) for text in content.values()):
-        raise InputError(f"{path}: expected {{label: description}}, found something else")
-    missing = [c for c in classes if c not in content]
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: expected {{label: description}}, found {shorten(content)}")
+    for label, text in content.items():
+        if not is_text(text):
+            raise InputError(f"{path}: '{label}': expected {{label: description}}, a text, found {reprlib.repr(text)}")
+    missing = [c + alike(c, content) for c in classes if c not in content]
     if missing:
         raise InputError(f"{path}: expected a description for every class, found none for {', '.join(missing)}; "
                          f"add a sentence for each, from start pose to end pose")
+    unused = [label for label in content if label not in classes]
+    if unused and notes is not None:
+        notes.append(f"{path}: {len(unused)} descriptions of classes that the annotations have not, not used: "
+                     f"{first_ten(unused)}")
     return {c: content[c] for c in classes}
+
+
+def alike(name: str, names) -> str:
+    """A hint, where one of the names differs from `name` only in case or by a letter or two."""
+    lower = {other.lower(): other for other in names}
+    near = get_close_matches(name.lower(), lower, 1, 0.8)
+    return f" (there is '{lower[near[0]]}': spell them alike)" if near else ""
 
 
 def find_files(videos: list, folder, suffixes=VIDEO_SUFFIXES, skip_missing: bool = False,
@@ -592,7 +696,7 @@ def find_files(videos: list, folder, suffixes=VIDEO_SUFFIXES, skip_missing: bool
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise InputError(f"{folder}: expected a folder of {'/'.join(suffixes)} files, found none there")
+        raise InputError(f"{folder}: expected a folder of {'/'.join(suffixes)} files, found no folder there")
     files = {p.stem: p for p in sorted(folder.iterdir()) if p.suffix.lower() in suffixes}
     paths = {v.name: files.get(v.name) or files.get(f"v_{v.name}") for v in videos}
     missing = [name for name, path in paths.items() if path is None]

@@ -47,8 +47,8 @@ from tqdm import tqdm
 
 import figures
 from advantage import frame_classes
-from data import (InputError, TALDataset, Video, collate, grid_to_seconds, load_external_scores, open_features,
-                  probe, process_rank, read_json, seconds_to_grid)
+from data import (InputError, TALDataset, Video, collate, grid_to_seconds, is_number, load_external_scores,
+                  open_features, probe, process_rank, read_field, read_segments, seconds_to_grid, shorten)
 from head import decode, nms_per_class
 from vlm import CUT, parse_proposals
 
@@ -80,7 +80,7 @@ def build_parser() -> argparse.ArgumentParser:
     model("--fps", type=float, default=0.0, help="frames per second behind a feature file given as --video")
     model("--min-score", type=float, default=0.3, help="lowest score that --video prints and draws (%(default)s)")
     model("--out", metavar="DIR", help="where result.json and pictures go (default: the checkpoint's folder)")
-    model("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
+    model("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
     files = parser.add_argument_group("a result file").add_argument
     files("--ground-truth", metavar="FILE", help="ActivityNet-format json, plain or gzip")
     files("--predictions", metavar="FILE", help="result file of any model, plain or gzip")
@@ -106,11 +106,32 @@ def get_args(argv=None):
         parser.error("--bias, --groups, --incomplete and --formulation qa score data sets: leave out --video")
     if args.incomplete is not None and (args.bias or args.groups or args.qa):
         parser.error("--incomplete scores clips of its own: leave out --bias, --groups and --formulation qa")
-    if args.max_new_tokens < 1:
-        parser.error(f"--max-new-tokens: expected at least 1, found {args.max_new_tokens}")
+    check_ranges(parser, args, {"max_new_tokens": (1, 1e6), "tiou": (1e-9, 1), "easy": (0, 1), "hard": (0, 1),
+                                "fps": (0, 1000), "min_score": (-math.inf, math.inf)})
     if not args.hard <= args.easy:
         parser.error(f"--hard, --easy: expected thresholds in this order, found {args.hard} and {args.easy}")
     return args
+
+
+def check_ranges(parser, args, ranges: dict) -> None:
+    """parser.error for a flag of {flag: (lowest, highest)} that is out of its range, or NaN."""
+    for flag, (low, high) in ranges.items():
+        value = getattr(args, flag)
+        for number in value if isinstance(value, list) else [value]:
+            if number is not None and not low <= number <= high:
+                parser.error(f"--{flag.replace('_', '-')}: expected {low:g} to {high:g}, found {number:g}")
+
+
+def device(text: str) -> str:
+    """argparse type of --device: one that is there."""
+    try:
+        kind, index = torch.device(text).type, torch.device(text).index or 0
+    except RuntimeError:
+        kind, index = None, 0
+    if kind != "cpu" and not (kind == "cuda" and index < torch.cuda.device_count()):
+        raise argparse.ArgumentTypeError(f"expected cpu or a GPU that is there (cuda, cuda:0, ...; found "
+                                         f"{torch.cuda.device_count()} of them), not {text}")
+    return text
 
 
 def main(argv=None) -> int:
@@ -144,7 +165,7 @@ def score_checkpoint(args) -> None:
     if (args.bias or args.qa) and model.language is None:
         raise InputError(f"{'--bias' if args.bias else '--formulation qa'}: expected a model with language, found "
                          f"{args.checkpoint}, trained with --lambda-lang 0")
-    test, tiou = load_data(trained)[1], args.tiou or trained.tiou
+    test, tiou = load_data(trained, model.config.feature_dim)[1], args.tiou or trained.tiou
     reference = read_reference(args.groups) if args.groups else None
     run = partial(answer, max_new_tokens=args.max_new_tokens) if args.qa else detect_as_trained
     results = run(model, test, trained)
@@ -199,7 +220,7 @@ def score_incomplete(args) -> None:
     clips.train_subset = clips.test_subset = "incomplete"
     clips.annotations = args.incomplete or str(Path(trained.annotations).with_name("incomplete.json"))
     clips.dataset = "custom" if args.incomplete else "demo"
-    test = load_data(clips)[1]
+    test = load_data(clips, model.config.feature_dim)[1]
     segments = [(v.name, label, start, end) for v in test.videos for label, (start, end) in zip(v.labels, v.segments)]
     metrics = ambiguity_metrics(detect_as_trained(model, test, trained).predictions, segments)
     print(f"{len(segments)} incomplete actions in {len(test.videos)} videos, in percent\n")
@@ -217,13 +238,14 @@ def find_in_video(args) -> None:
         fps = args.fps or trained.fps
         if not fps:
             raise InputError(f"--video {path}: this model reads features; say --fps, frames per second behind them")
-        duration = grid_to_seconds(len(open_features(path)), fps, trained.stride, trained.num_frames)
+        duration = grid_to_seconds(len(open_features(path, model.config.feature_dim)), fps, trained.stride,
+                                   trained.num_frames)
     else:
         duration, fps = probe(path)
     video = Video(path.stem, duration, fps, path=path)
     test = TALDataset([video], model.config.classes, trained.window, trained.stride, trained.num_frames,
                       image_size=trained.image_size if model.vision else 0, resize_to=trained.resize_to,
-                      frames_per_step=trained.frames_per_step)
+                      frames_per_step=trained.frames_per_step, feature_dim=model.config.feature_dim)
     results = detect_as_trained(model, test, trained)
     found = results.predictions[video.name]
     print(f"{path}: {duration:.1f} s; actions with a score of at least {args.min_score}:")
@@ -743,43 +765,6 @@ def load_predictions(path) -> dict:
             for video, entries in results.items()}
 
 
-def read_segments(where: str, entries, scored: bool) -> dict:
-    """[{"label", "segment", and "score" if scored}] of one video as arrays. `where` leads the error messages."""
-    if not isinstance(entries, list):
-        raise InputError(f"{where}: expected a list of segments, found {shorten(entries)}. "
-                         "Write [] for a video without any.")
-    for i, entry in enumerate(entries):
-        if not isinstance(entry, dict):
-            raise InputError(f"{where}[{i}]: expected an object with label and segment, found {shorten(entry)}.")
-        segment = entry.get("segment")
-        if not isinstance(entry.get("label"), str):
-            problem = "label", "a text"
-        elif not (isinstance(segment, list) and len(segment) == 2 and all(map(is_number, segment))):
-            problem = "segment", "two finite numbers [start, end] in seconds"
-        elif scored and not is_number(entry.get("score")):
-            problem = "score", "a finite number"
-        else:
-            continue
-        field, expected = problem
-        value = shorten(entry[field]) if field in entry else f"no such field but {', '.join(entry) or 'none'}"
-        raise InputError(f"{where}[{i}]/{field}: expected {expected}, found {value}. Correct or remove this entry.")
-    read = {"segments": np.array([entry["segment"] for entry in entries], dtype=np.float64).reshape(-1, 2),
-            "labels": [entry["label"] for entry in entries]}
-    if scored:
-        read["scores"] = np.array([entry["score"] for entry in entries], dtype=np.float64)
-    return read
-
-
-def read_field(path, field: str) -> dict:
-    """The object `field` of a json file, plain or gzip (told by its first bytes, not by its name)."""
-    data = read_json(path)
-    if not (isinstance(data, dict) and isinstance(data.get(field), dict)):
-        found = f"an object with fields {', '.join(data) or '(none)'}" if isinstance(data, dict) else shorten(data)
-        raise InputError(f"{path}: expected an object '{field}' at the top (video -> ...), found {found}. Ground truth "
-                         "has 'database' and a result file 'results': are the two files swapped?")
-    return data[field]
-
-
 def doubts(ground_truth: dict, predictions: dict):
     """Sentences on what may be a mistake: unknown labels, videos outside the subset, many equal scores."""
     classes = {label for entry in ground_truth.values() for label in entry["labels"]}
@@ -798,15 +783,6 @@ def doubts(ground_truth: dict, predictions: dict):
     if total - distinct > 0.01 * total:
         yield (f"{total - distinct} of {total} detections repeat a score of their class; the order of ties depends on "
                "the CPU and can move the mAP by some tenths of a percent (write scores with more digits)")
-
-
-def is_number(value) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def shorten(value, limit: int = 80) -> str:
-    text = value if isinstance(value, str) else json.dumps(value)
-    return text if len(text) <= limit else text[:limit] + "..."
 
 
 if __name__ == "__main__":

@@ -20,8 +20,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import NamedTuple
 
-from data import PRESETS, InputError, make_demo, read_json
-from evaluate import LEVELS, read_reference
+from data import PRESETS, InputError, is_number, make_demo, read_json
+from evaluate import LEVELS, check_ranges, read_reference
 
 HERE = Path(__file__).parent
 RUNS = {                                                     # name -> flags of train.py
@@ -100,7 +100,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv=None) -> int:
     """Returns the exit code: 0, or 2 for a mistake in the flags or a run that failed."""
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    check_ranges(parser, args, {"jobs": (1, 1024), "seeds": (0, 1e9), "epochs": (0, 1e9)})
     args.out = Path(args.out)
     try:
         keep_settings(args)
@@ -223,7 +225,7 @@ def collect(args, name: str, file: str, path, factor: float) -> list:
         else:
             for key in path:
                 value = value.get(key) if isinstance(value, dict) else None
-        if value is not None and math.isfinite(value):
+        if is_number(value):
             found.append(factor * value)
     return found
 

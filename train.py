@@ -32,10 +32,10 @@ from tqdm import tqdm
 
 import figures
 from advantage import advantage_loss, frame_classes, language_advantage
-from data import (FEATURE_PRESETS, PRESETS, VIDEO_SUFFIXES, InputError, TALDataset, class_names, collate, find_files,
-                  load_annotations, load_descriptions, make_demo, open_features, probe, process_rank,
+from data import (FEATURE_PRESETS, PRESETS, VIDEO_SUFFIXES, InputError, TALDataset, class_names, collate, doubt_steps,
+                  find_files, load_annotations, load_descriptions, make_demo, open_features, probe, process_rank,
                   subset_of)
-from evaluate import score_test_set
+from evaluate import check_ranges, device, score_test_set
 from head import detection_loss
 from model import TINY_VISION, ActionVLM, Config
 from vlm import instruction, language_config, make_tiny_lm, proposal_text
@@ -161,7 +161,7 @@ def main(argv=None) -> int:
             load_checkpoint(out / "checkpoint.safetensors", run)
         (dry_run if args.dry_run else train)(run, training, test, out)
         return 0
-    except InputError as error:
+    except (InputError, OSError) as error:
         print(f"train.py: error: {error}", file=sys.stderr)
         return 2
 
@@ -190,7 +190,11 @@ def open_folder(out: Path, args) -> None:
                              f"start over with --overwrite, or name another folder")
         (out / "log.jsonl").unlink()
         shutil.rmtree(out / "tiny-lm", ignore_errors=True)                       # its tokenizer knew other descriptions
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out {out}: expected a folder that can be written to, found: {error.strerror}; "
+                         f"name another one") from error
 
 
 def train(run: Run, training: TALDataset, test: TALDataset, out: Path) -> None:
@@ -353,7 +357,8 @@ def build_parser() -> argparse.ArgumentParser:
     group("--levels", type=int, default=6, help="levels of the pyramid")
     group("--width", type=int, default=512, help="width of the head")
     group("--head-window", type=int, default=19, help="attention window of the head in steps (0 = global)")
-    group("--ranges", type=json.loads, help="JSON list of [low, high] per level: boundary distances it finds, in steps")
+    group("--ranges", type=level_ranges,
+          help="JSON list of [low, high] per level: boundary distances it finds, in steps")
     group("--prior", type=float, default=0.01, help="probability that every class starts at")
     group = parser.add_argument_group("training").add_argument
     group("--epochs", type=int, default=120, help="epochs, vision-only and vision-language in turn (0 = only evaluate)")
@@ -383,15 +388,26 @@ def build_parser() -> argparse.ArgumentParser:
     group("--external-scores", help="JSON of video-level class scores: the head finds actions without class, and these "
                                     "say which")
     group("--seed", type=int, default=0, help="seed of weights, order and augmentation")
-    group("--device", default="cuda" if gpu else "cpu", help="cuda or cpu")
+    group("--device", type=device, default="cuda" if gpu else "cpu", help="cuda or cpu")
     group("--grad-checkpoint", choices=["on", "off"], default="on" if gpu else "off",
           help="compute activations of encoder and language model again in the backward pass: less memory, more time")
     group("--dry-run", action="store_true", help="load everything, say what was found, run one batch, train nothing")
     return parser
 
 
+MANY, ABOVE_0, BELOW_1 = 10 ** 9, 1e-9, 0.999999
+RANGES = dict(                                                                   # flag=(lowest, highest)
+    window=(1, MANY), stride=(1, MANY), num_frames=(0, MANY), frames_per_step=(1, MANY), resize_to=(0, MANY),
+    fps=(0, 1000), min_overlap=(0, 1), image_size=(1, MANY), resize=(1, MANY), workers=(0, 1024), lora_rank=(1, MANY),
+    lora_alpha=(0, MANY), levels=(1, 30), width=(1, MANY), head_window=(0, MANY), prior=(ABOVE_0, BELOW_1),
+    epochs=(0, MANY), warmup_epochs=(0, MANY), batch_size=(1, MANY), accumulate=(1, MANY), drop_path=(0, BELOW_1),
+    lr=(0, MANY), lr_vision=(0, MANY), lr_lm=(0, MANY), weight_decay=(0, MANY), clip=(ABOVE_0, MANY), ema=(0, BELOW_1),
+    lambda_loc=(0, MANY), lambda_tg=(0, MANY), lambda_adv=(0, MANY), label_smoothing=(0, 1), tiou=(ABOVE_0, 1),
+    nms_sigma=(ABOVE_0, MANY), voting=(0, 1), max_per_class=(0, MANY), max_per_video=(0, MANY), seed=(0, MANY))
+
+
 def check_args(parser, args):
-    """Flags that contradict each other or lack one another."""
+    """Flags that are out of range, contradict each other or lack one another."""
     if args.features and args.dataset == "demo":
         parser.error("--features: the demo reads videos; say --dataset custom")
     if bool(args.videos) == bool(args.features):
@@ -403,12 +419,32 @@ def check_args(parser, args):
             parser.error(f"expected --{flag} FILE")
     if args.features_used == "language" and args.lambda_lang != "learned":
         parser.error("--features-used language: there is nothing to weigh; leave out --lambda-lang")
-    if args.epochs < 0:
-        parser.error(f"--epochs: expected 0 (evaluate the untrained model) or more, found {args.epochs}")
-    for flag in ("window", "stride", "batch_size", "accumulate", "levels", "width"):
-        if getattr(args, flag) < 1:
-            parser.error(f"--{flag.replace('_', '-')}: expected at least 1, found {getattr(args, flag)}")
+    if args.resume and args.overwrite:
+        parser.error("--resume goes on with a run and --overwrite starts over: leave out one of them")
+    check_ranges(parser, args, RANGES)
+    steps, top = args.resize_to or args.window, 2 ** (args.levels - 1)
+    if steps < top:
+        parser.error(f"--levels {args.levels}: expected windows of at least {top} steps, one for the top level of the "
+                     f"pyramid, found {steps}; lower --levels, or raise --window or --resize-to")
+    if args.ranges and len(args.ranges) != args.levels:
+        parser.error(f"--ranges: expected one [low, high] for each of {args.levels} levels, found {len(args.ranges)}")
+    if args.width % 4:
+        parser.error(f"--width: expected a multiple of the head's 4 attention heads, found {args.width}")
+    patch = TINY_VISION["patch_size"]
+    if args.videos and args.vision == "tiny" and args.image_size % patch:
+        parser.error(f"--image-size: expected a multiple of the patches of {patch} pixels, found {args.image_size}")
     return args
+
+
+def level_ranges(text: str) -> list:
+    """argparse type of --ranges."""
+    try:
+        rows = [[float(low), float(high)] for low, high in json.loads(text)]
+        if all(0 <= low < high for low, high in rows):
+            return rows
+    except (ValueError, TypeError, OverflowError, RecursionError):
+        pass
+    raise argparse.ArgumentTypeError(f"expected a JSON list of [low, high] with 0 <= low < high, found {text}")
 
 
 def lambda_lang(text: str):
@@ -424,14 +460,15 @@ def lambda_lang(text: str):
     return value
 
 
-def load_data(args):
-    """(training data set, test data set, descriptions) from the flags."""
+def load_data(args, feature_dim: int = 0):
+    """(training data set, test data set, descriptions) from the flags. feature_dim: V that features have to have (0 =
+    that of the first training video)."""
     if args.dataset == "demo":
         make_demo(Path(args.annotations).parent)
     notes = []
     videos = load_annotations(args.annotations, args.labels, notes)
     classes = class_names(args.annotations, videos, args.labels)
-    descriptions = load_descriptions(args.descriptions, classes)
+    descriptions = load_descriptions(args.descriptions, classes, notes)
     if args.prompt == "labels":
         descriptions = {label: "" for label in descriptions}                     # Table 9 (a)
     folder, suffixes = (args.videos, VIDEO_SUFFIXES) if args.videos else (args.features, (".npy",))
@@ -441,12 +478,20 @@ def load_data(args):
     sets = []
     for subset in (args.train_subset, args.test_subset):
         chosen = [v for v in subset_of(videos, subset, args.annotations) if v.name not in args.leave_out]
+        if not chosen:
+            raise InputError(f"--leave-out: expected to keep some videos of subset '{subset}', found all of them named")
         chosen = find_files(chosen, folder, suffixes, args.skip_missing or args.dry_run, notes)
         sets.append([with_fps(v, args) for v in chosen])
-    for note in notes:
+    if not any(v.labels for v in sets[0]):
+        raise InputError(f"{args.annotations}: expected actions to train on, found {len(sets[0])} videos of "
+                         f"--train-subset {args.train_subset} without a single segment; choose an annotated subset")
+    if args.features:
+        common["feature_dim"] = feature_dim or open_features(sets[0][0].path).shape[1]
+    training = TALDataset(sets[0], training=True, min_overlap=args.min_overlap, resize=args.resize, **common)
+    test = TALDataset(sets[1], **common)
+    for note in notes + doubt_steps(test):
         print(f"note: {note}", file=sys.stderr)
-    return (TALDataset(sets[0], training=True, min_overlap=args.min_overlap, resize=args.resize, **common),
-            TALDataset(sets[1], **common), descriptions)
+    return training, test, descriptions
 
 
 def with_fps(video, args):
@@ -470,7 +515,7 @@ def load_config(args, training: TALDataset, descriptions: dict) -> Config:
         descriptions=descriptions, lm=lm, dim=language_config(lm).hidden_size, dtype=args.dtype,
         lora_rank=args.lora_rank, lora_alpha=args.lora_alpha, layout=args.layout, vision=vision,
         lang_tokens=args.lang_tokens, use_vision=args.features_used == "both",
-        feature_dim=open_features(training.videos[0].path).shape[1] if args.features else 0,
+        feature_dim=training.feature_dim,
         lambda_lang=None if args.lambda_lang == "learned" else args.lambda_lang,
         width=args.width, levels=args.levels, head_window=args.head_window, ranges=args.ranges, prior=args.prior,
         drop_path=args.drop_path, class_agnostic=bool(args.external_scores))
@@ -604,9 +649,12 @@ def read_checkpoint(path):
     """(header, {name: tensor}) of a safetensors file."""
     try:
         with safe_open(str(path), framework="pt") as file:
-            return file.metadata(), {name: file.get_tensor(name) for name in file.keys()}
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{path}: expected a checkpoint that train.py wrote, found: {error}") from error
+            header, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
+        Config(**json.loads(header["config"])), json.loads(header["args"]), int(header["epoch"]), int(header["step"])
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
+        what = f"no field {error} in its header" if isinstance(error, KeyError) else error
+        raise InputError(f"{path}: expected a checkpoint that train.py wrote, found: {what}") from error
+    return header, tensors
 
 
 def model_state(model: ActionVLM) -> dict:
@@ -616,10 +664,10 @@ def model_state(model: ActionVLM) -> dict:
 
 def restore(model: ActionVLM, path, state: dict) -> None:
     """Copy a checkpoint's tensors into the model; every one has to be there, and none may be left over."""
-    expected = set(model_state(model))
-    if expected != set(state):
-        raise InputError(f"{path}: expected the tensors of this model, missing are {sorted(expected - set(state))[:3]} "
-                         f"and unknown are {sorted(set(state) - expected)[:3]}")
+    expected, found = ({(n, *t.shape) for n, t in tensors.items()} for tensors in (model_state(model), state))
+    if expected != found:
+        raise InputError(f"{path}: expected the tensors of this model (name and shape), missing are "
+                         f"{sorted(expected - found)[:3]} and unknown are {sorted(found - expected)[:3]}")
     model.load_state_dict(state, strict=False)
 
 

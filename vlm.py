@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 import transformers
 from einops import rearrange, repeat
-from safetensors import SafetensorError
 from torch import nn
 
 from data import InputError
@@ -240,6 +239,10 @@ def enable_checkpointing(model) -> None:
     getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or repr(error)).splitlines()[0]
+
+
 def language_config(folder):
     """The transformers configuration of the causal language model in a folder (or of a name on the Hugging Face hub);
     of an InternVL folder, of the language model in it. Raises InputError."""
@@ -247,10 +250,10 @@ def language_config(folder):
         content = transformers.PretrainedConfig.get_config_dict(folder)[0]
         inner = content.get("text_config") or content.get("llm_config") or content       # InternVL: native, original
         config = transformers.AutoConfig.for_model(**inner)
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except Exception as error:                           # a damaged folder can fail in any way
         found = "" if Path(folder).is_dir() else "no such folder, and as a name: "
         raise InputError(f"--lm {folder}: expected the folder or name of a causal language model of transformers, with "
-                         f"config.json, weights, tokenizer, found: {found}{str(error).splitlines()[0]}") from error
+                         f"config.json, weights, tokenizer, found: {found}{first_line(error)}") from error
     if not hasattr(config, "hidden_size"):
         raise InputError(f"--lm {folder}: expected a causal language model, found model_type {config.model_type}")
     return config
@@ -271,12 +274,15 @@ def load_language_model(folder, dtype: torch.dtype):
             folder, config=config, dtype=dtype, attn_implementation="sdpa", key_mapping=inner, output_loading_info=True,
             trust_remote_code=False)
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+    except Exception as error:                           # a damaged folder can fail in any way
         raise InputError(f"--lm {folder}: expected weights and tokenizer of a {config.model_type} language model, "
-                         f"found: {str(error).splitlines()[0]}") from error
+                         f"found: {first_line(error)}") from error
     finally:
         transformers.logging.set_verbosity(level)
     missing = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
+    if not tokenizer("a").input_ids or tokenizer.eos_token_id is None:       # transformers makes up what is missing
+        raise InputError(f"--lm {folder}: expected a tokenizer with an end-of-text token, found none; "
+                         f"fetch tokenizer.json and tokenizer_config.json, too")
     if missing == {"lm_head.weight"}:                    # a file without it can only mean tied embeddings
         model.lm_head.weight, missing = model.get_input_embeddings().weight, set()
     if missing:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from data import InputError, read_json
+from data import InputError, is_number, read_json, shorten
 
 HEADS = {384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16}          # of VideoMAE S, B, L, H, g by width
 FOLDERS = {                                                       # model_type -> kind, defaults of the code it is from
@@ -23,6 +23,8 @@ FOLDERS = {                                                       # model_type -
                                         use_qk_norm=True))}
 FIELDS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act", "patch_size",
           "layer_norm_eps", "num_frames", "tubelet_size", "norm_type", "attention_bias", "use_qk_norm")
+WHOLE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "patch_size", "num_frames",
+         "tubelet_size", "image_size")
 UNUSED = ("norm.", "fc_norm.", "layernorm.", "head.", "classifier.",          # tokens are pooled without a final norm
           "decoder.", "encoder_to_decoder.", "mask_token", "pos_embed",       # of pre-training; positions are computed
           "language_model.", "lm_head.", "mlp1.", "multi_modal_projector.",   # the rest of InternVL
@@ -62,17 +64,23 @@ def file_config(path) -> dict:
 def folder_config(folder: Path) -> dict:
     """The fields of config.json that make the encoder, under their names in transformers. Images are square."""
     content = read_json(folder / "config.json")
-    if content.get("model_type") in ("internvl", "internvl_chat"):            # transformers' and the authors' layout
-        content = content.get("vision_config", {})
-    if content.get("model_type") not in FOLDERS:
+    kind = content.get("model_type") if isinstance(content, dict) else content
+    if kind in ("internvl", "internvl_chat"):                                 # transformers' and the authors' layout
+        content = content.get("vision_config")
+        kind = content.get("model_type") if isinstance(content, dict) else content
+    if not isinstance(kind, str) or kind not in FOLDERS:
         raise InputError(f"{folder}/config.json: expected model_type {', '.join(FOLDERS)}, internvl or internvl_chat, "
-                         f"found {content.get('model_type')}; give the folder of such a model")
+                         f"found {shorten(kind)}; give the folder of such a model")
     kind, defaults = FOLDERS[content["model_type"]]
     if content["model_type"] == "intern_vit_6b":
         theirs = {"qkv_bias": "attention_bias", "qk_normalization": "use_qk_norm"}
         content = {theirs.get(name, name): value for name, value in content.items()}
     content = {name: value[0] if isinstance(value, list) else value for name, value in (defaults | content).items()}
     fields = {name: content[name] for name in FIELDS if name in content}
+    for name, value in (fields | {"image_size": content["image_size"]}).items():
+        if name in WHOLE and not (is_number(value) and value >= 1 and value % 1 == 0):
+            raise InputError(f"{folder}/config.json: {name}: expected a whole number of at least 1, "
+                             f"found {shorten(value)}")
     return {"kind": kind, "pretrained_image_size": content["image_size"]} | fields
 
 

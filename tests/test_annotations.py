@@ -214,7 +214,7 @@ def test_external_scores_come_in_class_order_for_names_with_or_without_v(tmp_pat
                                      {"results": {"x": ["?", 1]}, "class": ["a", "b"]}])
 def test_external_scores_of_another_kind(tmp_path, content):
     (tmp_path / "s.json").write_text(json.dumps(content))
-    with pytest.raises(InputError, match="s.json: expected {.results"):
+    with pytest.raises(InputError, match="s.json: expected {.results|s.json: video 'x': expected a finite score"):
         load_external_scores(tmp_path / "s.json", ["a", "b"], [Video("x", 1.0, 1.0)])
 
 

@@ -186,10 +186,10 @@ def test_load_annotations(tmp_path):
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"duration": 0}, "duration above 0"), ({"duration": math.inf}, "duration above 0"), ({"duration": None}, "duration"),
+    ({"duration": 0}, "duration above 0"), ({"duration": math.inf}, "a number of seconds, found inf"), ({"duration": None}, "duration"),
     ({"annotations": [{"segment": [1, 2]}]}, "label"), ({"annotations": [{"label": "a", "segment": [2, 1]}]}, "start <= end"),
     ({"annotations": [{"label": "a", "segment": [-1, 1]}]}, "start <= end"), ({"annotations": [{"label": "a"}]}, "segment"),
-    ({"annotations": [{"label": "a", "segment": [1, math.nan]}]}, "start <= end"),
+    ({"annotations": [{"label": "a", "segment": [1, math.nan]}]}, "two finite"),
     ({"annotations": [{"label": "a", "segment": [1, 2, 3]}]}, "segment"), ({"annotations": "x"}, "annotations"),
 ])
 def test_bad_annotations_name_file_and_video(tmp_path, change, message):

@@ -308,7 +308,10 @@ def test_main(tmp_path, capsys):
     scores = json.loads((tmp_path / "scores.json").read_text())
     assert scores == {"subset": "test", "tiou": [0.5, 0.95], "mAP": [0.5, 0.0], "average": 0.25,
                       "AP": {"a": [1.0, 0.0], "b": [0.0, 0.0]}}
-    for mistake in (["--tiou", "50"], ["--subset", "nosuch"], ["--json", str(tmp_path / "no" / "such.json")]):
+    with pytest.raises(SystemExit, match="2"):
+        evaluate.main(flags + ["--tiou", "50"])
+    assert "error: --tiou: expected 1e-09 to 1, found 50" in capsys.readouterr().err
+    for mistake in (["--subset", "nosuch"], ["--json", str(tmp_path / "no" / "such.json")]):
         assert evaluate.main(flags + mistake) == 2
         assert capsys.readouterr().err.startswith("evaluate.py: error: ")
 
