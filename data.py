@@ -220,7 +220,7 @@ def doubt_steps(dataset: TALDataset) -> list:
         return []
     ratio = float(np.median([dataset.steps(v) * dataset.stride / (v.duration * v.fps) for v in dataset.videos]))
     return [] if 0.8 < ratio < 1.25 else [
-        f"feature files have {ratio:.2f} times the rows of duration * fps / stride (median of the test videos); segments "
+        f"feature files have {ratio:.2f} times the rows of duration * fps / stride (median of the test set); segments "
         f"are then in the wrong place: check --stride, and fps in the annotations or --fps"]
 
 

@@ -9,7 +9,6 @@ again, and a run that was stopped goes on where it was. Writes OUT/report.md.
 """
 import argparse
 import json
-import math
 import os
 import subprocess
 import sys
