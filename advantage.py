@@ -29,20 +29,21 @@ class ClassMeanLoss(nn.Module):
 
     @torch.no_grad()
     def update(self, frame_loss: torch.Tensor, frame_class: torch.Tensor, mask: torch.Tensor) -> None:
-        """Add the losses (B, L) of real frames (mask (B, L)) to the sums of their classes (B, L) in 0..C."""
+        """Add the losses (B, L) of real frames (mask (B, L)) to the sums of their classes (B, L) in 0..C.
+
+        With several processes, the frames of all: so the sums are the same everywhere, and one checkpoint holds them.
+        """
         real = mask.flatten().to(self.total.dtype)
-        self.total.index_add_(0, frame_class.flatten(), frame_loss.flatten().to(self.total.dtype) * real)
-        self.count.index_add_(0, frame_class.flatten(), real)
+        values = torch.stack([frame_loss.flatten().to(self.total.dtype) * real, real])    # (2, B L)
+        sums = values.new_zeros(2, len(self.total)).index_add_(1, frame_class.flatten(), values)
+        if dist.is_initialized():
+            dist.all_reduce(sums)
+        self.total += sums[0]
+        self.count += sums[1]
 
     def mean(self) -> torch.Tensor:
         """(C + 1,) mean loss of each class."""
         return torch.where(self.count > 0, self.total / self.count.clamp(min=1), self.previous)
-
-    def sync(self) -> None:
-        """Add up the sums and counts of all processes (after a vision-only epoch); does nothing in a single one."""
-        if dist.is_initialized():
-            dist.all_reduce(self.total)
-            dist.all_reduce(self.count)
 
 
 def frame_classes(segments: list, labels: list, length: int, num_classes: int) -> torch.Tensor:

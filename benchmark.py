@@ -376,7 +376,7 @@ class OneBatch(list):
     """One batch in place of a DataLoader."""
     def __init__(self, batch):
         super().__init__([batch])
-        self.dataset, self.generator = SimpleNamespace(), torch.Generator()
+        self.dataset, self.batch_sampler, self.generator = SimpleNamespace(), SimpleNamespace(), torch.Generator()
 
 
 def train_step(run: Run, batch: Batch, use_language: bool) -> None:
