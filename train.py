@@ -336,13 +336,7 @@ def log_epoch(out: Path, run: Run, kind: str, terms: dict, seconds_left: float) 
         names = [*run.model.config.classes, "background"]
         row["class_mean"] = {n: round(m, 4) for n, m in zip(names, run.model.class_mean.mean().tolist())}
         print("          class means: " + ", ".join(f"{n} {m:.3f}" for n, m in row["class_mean"].items()))
-    try:
-        with open(out / "log.jsonl", "ab") as file:
-            file.write(json.dumps(row).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise not_written(out / "log.jsonl", error) from error
+    append_row(out / "log.jsonl", row)
 
 
 # ------------------------------------------------------------------------------------------------ signals
@@ -429,7 +423,8 @@ def be_deterministic(on: bool) -> None:
     if on:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")              # read when CUDA starts
         torch.backends.cudnn.benchmark = False
-    torch.use_deterministic_algorithms(on)
+    if on != torch.are_deterministic_algorithms_enabled():                       # this call loads much of torch
+        torch.use_deterministic_algorithms(on)
 
 
 def average_gradients(model: ActionVLM) -> None:
@@ -753,8 +748,9 @@ def load_checkpoint(path, run: Run | None = None, lm: str | None = None):
                              f"evaluate.py --lm") from error
         restore(model, path, part(tensors, "model") | part(tensors, "ema"))
         return model, args
-    if asdict(run.model.config) != asdict(config):
-        differ = [k for k, v in asdict(run.model.config).items() if asdict(config)[k] != v]
+    ours, theirs = ({**asdict(c), "lm": Path(c.lm).name} for c in (run.model.config, config))     # it may have moved
+    differ = [key for key in ours if ours[key] != theirs[key]]
+    if differ:
         raise InputError(f"{path}: expected the configuration of this run, found another in {', '.join(differ)}; "
                          f"use the flags of the first run, or another --out")
     restore(run.model, path, part(tensors, "model"))
@@ -815,6 +811,17 @@ def read_log(path) -> list:
     """The rows of log.jsonl; none before the first epoch. A last line that a crash has cut does not count."""
     lines = Path(path).read_text().splitlines(keepends=True) if Path(path).exists() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def append_row(path, row: dict) -> None:
+    """Returns when the row is on the disk. What a full disk cuts is dropped by `read_log`."""
+    try:
+        with open(path, "ab") as file:
+            file.write(json.dumps(row).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise not_written(path, error) from error
 
 
 def trim_log(path: Path, epoch: int) -> None:
