@@ -149,8 +149,9 @@ class Run:
             torch._foreach_lerp_(average, current, [(1 - self.args.ema) * (~bad).float()] * len(average))
         for mean, before in zip(self.running_means(), self.before):
             mean.copy_(torch.where(bad, before, mean))
+        self.global_step += 1
         self.unseen.append((self.global_step, norm, self.pending))
-        self.global_step, self.pending = self.global_step + 1, []
+        self.pending = []
         self.pause(save=self.args.save_every and self.global_step % self.args.save_every == 0)
 
     def set_learning_rates(self, step: int) -> None:
@@ -226,7 +227,11 @@ def main(argv=None) -> int:
         return stopped.code
     except (InputError, OSError, SafetensorError) as error:
         print(f"train.py: error: {error}", file=sys.stderr)
-        return 2
+    except RuntimeError as error:
+        if "does not have a deterministic implementation" not in str(error):
+            raise
+        print(f"train.py: error: --deterministic: {error}", file=sys.stderr)
+    return 2
 
 
 def run_all(args, signals: "StopSignals") -> None:

@@ -15,6 +15,7 @@ import data
 import evaluate
 import train
 import weights
+from demo import DEMO_DESCRIPTIONS
 
 ROOT = Path(__file__).parents[1]
 
@@ -50,7 +51,7 @@ def test_train_py_writes_everything_and_prints_what_it_does(trained):
     assert {"checkpoint.safetensors", "log.jsonl", "result.json", "report.png", "tiny-lm"} == {p.name for p in out.iterdir()}
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert [row["kind"] for row in log] == ["vision-only", "vision-language"]
-    assert set(log[0]["class_mean"]) == {*data.DEMO_DESCRIPTIONS, "background"} and log[0]["class_mean"]["background"] > 0
+    assert set(log[0]["class_mean"]) == {*DEMO_DESCRIPTIONS, "background"} and log[0]["class_mean"]["background"] > 0
     assert {"loss_cls", "loss_loc", "loss_tg", "loss_adv", "lambda_lang", "lr"} <= set(log[1])
     assert "vision-only" in printed and "vision-language" in printed and "class means: Catch" in printed
     assert table(printed)[2].startswith("| mAP") and (out / "report.png").read_bytes()[:4] == b"\x89PNG"
@@ -76,7 +77,7 @@ def test_evaluate_one_video_prints_and_draws(trained, demo, tmp_path):
     done = command("evaluate.py", "--checkpoint", trained[0], "--video", video, "--min-score", 0, "--out", tmp_path)
     assert done.returncode == 0, done.stderr
     rows = [line for line in done.stdout.splitlines() if " s  " in line]
-    assert len(rows) > 10 and any(name in rows[0] for name in data.DEMO_DESCRIPTIONS)
+    assert len(rows) > 10 and any(name in rows[0] for name in DEMO_DESCRIPTIONS)
     assert (tmp_path / "test_001.png").read_bytes()[:4] == b"\x89PNG"
 
 

@@ -214,7 +214,7 @@ def test_a_broken_checkpoint_is_named(tmp_path, content):
 def test_a_loss_that_is_not_finite_stops_with_its_terms(make_run, loader):
     run = make_run()
     loader[0].inputs[0, 0, 0] = math.nan
-    with pytest.raises(train.InputError, match="step 0: expected a finite loss.*loss_cls nan"):
+    with pytest.raises(train.InputError, match="step 1: expected a finite loss.*loss_cls nan"):
         vision_only_epoch(run, loader)
 
 
@@ -222,6 +222,7 @@ def test_a_loss_that_is_not_finite_stops_with_its_terms(make_run, loader):
     (["--dataset", "custom"], "either --videos DIR"), (["--features", "x"], "demo reads videos"),
     (["--lambda-lang", "1.5"], "0 to 1"), (["--epochs", "-1"], "--epochs: expected 0"),
     (["--dataset", "custom", "--features", "x"], "--annotations"), (["--lambda-lang", "much"], "0 to 1"),
+    (["--save-every", "-1"], "--save-every: expected 0"),
 ])
 def test_flags_that_cannot_work_end_with_a_message(argv, message, capsys):
     with pytest.raises(SystemExit) as error:
