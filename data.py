@@ -122,6 +122,7 @@ class Batch:
         return self.map(torch.Tensor.pin_memory)
 
     def map(self, change) -> "Batch":
+        """The same batch with `change` done to each tensor."""
         return Batch(change(self.inputs), change(self.mask), [change(s) for s in self.segments],
                      [change(l) for l in self.labels], self.windows)
 

@@ -22,7 +22,8 @@ class Loader(list):
     """Batches in place of a DataLoader."""
     def __init__(self, batches):
         super().__init__(batches)
-        self.dataset, self.batch_sampler, self.generator = SimpleNamespace(), SimpleNamespace(), torch.Generator()
+        self.dataset = self.batch_sampler = SimpleNamespace()
+        self.generator = torch.Generator()
 
 
 @pytest.fixture
