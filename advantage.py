@@ -20,6 +20,7 @@ class ClassMeanLoss(nn.Module):
         self.register_buffer("total", torch.zeros(num_classes + 1))
         self.register_buffer("count", torch.zeros(num_classes + 1))
         self.register_buffer("previous", torch.zeros(num_classes + 1))
+        self.register_buffer("recent", torch.zeros(2, num_classes + 1), persistent=False)      # of this process
 
     def reset(self) -> None:
         """Start a new vision-only epoch."""
@@ -31,18 +32,23 @@ class ClassMeanLoss(nn.Module):
     def update(self, frame_loss: torch.Tensor, frame_class: torch.Tensor, mask: torch.Tensor) -> None:
         """Add the losses (B, L) of real frames (mask (B, L)) to the sums of their classes (B, L) in 0..C."""
         real = mask.flatten().to(self.total.dtype)
-        self.total.index_add_(0, frame_class.flatten(), frame_loss.flatten().to(self.total.dtype) * real)
-        self.count.index_add_(0, frame_class.flatten(), real)
+        values = torch.stack([frame_loss.flatten().to(self.total.dtype) * real, real])    # (2, B L)
+        self.recent.index_add_(1, frame_class.flatten(), values)
+        self.sync()
+
+    @torch.no_grad()
+    def sync(self) -> None:
+        """Add what all processes have seen since the last call: the sums are the same in each, at every step, so that
+        a checkpoint in the middle of an epoch holds them."""
+        if dist.is_initialized():
+            dist.all_reduce(self.recent)
+        self.total += self.recent[0]
+        self.count += self.recent[1]
+        self.recent.zero_()
 
     def mean(self) -> torch.Tensor:
         """(C + 1,) mean loss of each class."""
         return torch.where(self.count > 0, self.total / self.count.clamp(min=1), self.previous)
-
-    def sync(self) -> None:
-        """Add up the sums and counts of all processes (after a vision-only epoch); does nothing in a single one."""
-        if dist.is_initialized():
-            dist.all_reduce(self.total)
-            dist.all_reduce(self.count)
 
 
 def frame_classes(segments: list, labels: list, length: int, num_classes: int) -> torch.Tensor:

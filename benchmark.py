@@ -377,7 +377,8 @@ class OneBatch(list):
     """One batch in place of a DataLoader."""
     def __init__(self, batch):
         super().__init__([batch])
-        self.dataset, self.generator = SimpleNamespace(), torch.Generator()
+        self.dataset = self.batch_sampler = SimpleNamespace()
+        self.generator = torch.Generator()
 
 
 def train_step(run: Run, batch: Batch, use_language: bool) -> None:

@@ -13,20 +13,25 @@ import csv
 import gzip
 import json
 import math
+import os
+import re
 import reprlib
 import sys
 import zlib
 from collections import Counter
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.utils.data import Dataset
+from safetensors import SafetensorError
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from demo import make_demo                  # noqa: F401, one of the data sets
 
@@ -114,8 +119,16 @@ class Batch:
 
     def to(self, device) -> "Batch":
         """The same batch with its tensors on `device`."""
-        return Batch(self.inputs.to(device, non_blocking=True), self.mask.to(device, non_blocking=True),
-                     [s.to(device) for s in self.segments], [l.to(device) for l in self.labels], self.windows)
+        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> "Batch":
+        """The same batch in memory that a GPU copies from without waiting; DataLoader calls it."""
+        return self.map(torch.Tensor.pin_memory)
+
+    def map(self, change) -> "Batch":
+        """The same batch with `change` done to each tensor."""
+        return Batch(change(self.inputs), change(self.mask), [change(s) for s in self.segments],
+                     [change(l) for l in self.labels], self.windows)
 
 
 def collate(windows: list, multiple: int) -> Batch:
@@ -155,6 +168,7 @@ class TALDataset(Dataset):
         self.stride, self.num_frames, self.training = stride, num_frames, training
         self.min_overlap, self.image_size, self.resize, self.seed = min_overlap, image_size, resize, seed
         self.epoch = 0
+        self.reading = torch.zeros(256, 2, dtype=torch.long).share_memory_()     # (pid, index) of each worker process
         self.items = [(v, 0) for v in videos] if training else [
             (v, start) for v in videos for start in window_starts(self.steps(v), window, overlap)]
 
@@ -178,6 +192,9 @@ class TALDataset(Dataset):
         return max(1, int(video.duration * video.fps / self.stride + 1e-6))
 
     def __getitem__(self, index: int) -> Window:
+        worker = get_worker_info()
+        if worker:
+            self.reading[worker.id % 256] = torch.tensor([os.getpid(), index])
         video, start = self.items[index]
         rng = np.random.default_rng([self.seed, self.epoch, index])
         T, offset = self.steps(video), 0.5 * self.num_frames / self.stride
@@ -212,6 +229,40 @@ class TALDataset(Dataset):
         frames = read_frames(video.path, times, self.resize if self.training else self.image_size)
         frames = torch.from_numpy(frames).permute(0, 3, 1, 2)                                   # (L', 3, h, w)
         return augment(frames, self.image_size, rng) if self.training else centre_crop(frames, self.image_size)
+
+
+def batch_loader(dataset, multiple: int, workers: int, **order) -> DataLoader:
+    """Batches for a model that needs lengths of a `multiple`, read by `workers` processes (0: by this one).
+
+    order: DataLoader's batch_size or batch_sampler, and generator. The workers start anew with every pass over it, and
+    so see the dataset's epoch.
+    """
+    return DataLoader(dataset, num_workers=workers, collate_fn=partial(collate, multiple=multiple),
+                      pin_memory=torch.cuda.is_available(), worker_init_fn=leave_group, **order)
+
+
+def leave_group(worker: int) -> None:
+    """Ctrl-C goes to a whole group of processes: a worker outside of it goes on, so that the step can be finished."""
+    os.setpgrp()
+
+
+@contextmanager
+def dead_workers_named(dataset: TALDataset):
+    """A worker process that dies (out of memory, a crash in a decoder) is an InputError with the video it was reading.
+
+    torch raises a RuntimeError then, wherever this process is: the block has to hold all that is done with the batches.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        died = re.search(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (.*)", str(error))
+        if not died:
+            raise
+        pids = {int(pid) for pid in died[1].split(",")}
+        names = [dataset.items[index][0].name for pid, index in dataset.reading.tolist() if pid in pids]
+        raise InputError(f"--workers: a process that reads data {died[2].split('. ')[0]}; it was reading video "
+                         f"{' and '.join(names) or '(none yet)'}: look whether the file is broken, or the memory is "
+                         f"full (then fewer --workers)") from error
 
 
 def doubt_steps(dataset: TALDataset) -> list:
@@ -398,6 +449,38 @@ def open_features(path, width: int = 0) -> np.ndarray:
         raise InputError(f"{path}: expected {width} columns as in the first training video (or in the run's), found "
                          f"{rows.shape[1]}; extract all videos by the same encoder")
     return rows
+
+
+@contextmanager
+def written_whole(path):
+    """Yields a name beside `path` to write to. Renamed to `path` once all of it is on the disk: there is never
+    half a file, whatever happens. Where it cannot be written (full disk, no permission) it is removed: InputError.
+    """
+    path = Path(path)
+    beside = path.with_name(f"partial-{path.name}")                             # keeps the suffix: savefig goes by it
+    try:
+        yield beside
+        to_disk(beside)
+        os.replace(beside, path)
+        to_disk(path.parent)                                                     # a name is the content of its folder
+    except (OSError, SafetensorError) as error:
+        raise not_written(path, error) from error
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def to_disk(path) -> None:
+    """Returns when the content of a file or folder is on the disk."""
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
+def not_written(path, error) -> InputError:
+    return InputError(f"{path}: could not be written: {error}; what was there before is whole. Make room, or look at "
+                      f"the permissions of {Path(path).parent}; then --resume goes on")
 
 
 def read_json(path):

@@ -42,13 +42,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import figures
 from advantage import frame_classes
-from data import (InputError, TALDataset, Video, collate, grid_to_seconds, is_number, load_external_scores,
-                  open_features, probe, process_rank, read_field, read_segments, seconds_to_grid, shorten)
+from data import (InputError, TALDataset, Video, batch_loader, dead_workers_named, grid_to_seconds, is_number,
+                  load_external_scores, open_features, probe, process_rank, read_field, read_segments, seconds_to_grid,
+                  shorten, written_whole)
 from head import decode, nms_per_class
 from vlm import CUT, parse_proposals
 
@@ -167,7 +167,8 @@ def score_checkpoint(args) -> None:
                          f"{args.checkpoint}, trained with --lambda-lang 0")
     test, tiou = load_data(trained, model.config.feature_dim)[1], args.tiou or trained.tiou
     reference = read_reference(args.groups) if args.groups else None
-    run = partial(answer, max_new_tokens=args.max_new_tokens) if args.qa else detect_as_trained
+    written = dead_workers_named(test)(partial(answer, max_new_tokens=args.max_new_tokens))
+    run = written if args.qa else detect_as_trained
     results = run(model, test, trained)
     result = score(out / ("result-qa.json" if args.qa else "result.json"), test, results, tiou)
     if args.qa:
@@ -326,7 +327,8 @@ def detect_as_trained(model, test, trained) -> Detections:
     share = test.share(rank, processes)
     file = trained.external_scores
     scores = file and load_external_scores(file, model.config.classes, test.videos)
-    own = detect(model, share, trained.batch_size, scores, trained.workers, **nms_flags(trained))
+    with dead_workers_named(share):
+        own = detect(model, share, trained.batch_size, scores, trained.workers, **nms_flags(trained))
     if processes == 1:
         return own
     parts = [None] * processes
@@ -346,7 +348,7 @@ def detect(model, dataset, batch_size: int = 1, external_scores: dict | None = N
     model.eval()
     device, classes = next(model.parameters()).device, model.config.classes
     found, steps = {v.name: [] for v in dataset.videos}, {"lambda_lang": {}, "advantage": {}}
-    loader = DataLoader(dataset, batch_size, num_workers=workers, collate_fn=partial(collate, multiple=model.multiple))
+    loader = batch_loader(dataset, model.multiple, workers, batch_size=batch_size)
     for batch in tqdm(loader, desc="detect", leave=False, dynamic_ncols=True, disable=None):
         output = model(batch.to(device))
         for b, window in enumerate(batch.windows):
@@ -379,8 +381,7 @@ def answer(model, test, trained, max_new_tokens: int = 256) -> Answers:
     model.eval()
     device, classes = next(model.parameters()).device, model.config.classes
     found, answers = {v.name: [] for v in test.videos}, []
-    loader = DataLoader(test, trained.batch_size, num_workers=trained.workers,
-                        collate_fn=partial(collate, multiple=model.multiple))
+    loader = batch_loader(test, model.multiple, trained.workers, batch_size=trained.batch_size)
     for batch in tqdm(loader, desc="answer", leave=False, dynamic_ncols=True, disable=None):
         batch = batch.to(device)
         f_vis = model.normalise(model.project(model.features(batch)))
@@ -409,7 +410,8 @@ def write_result(path, predictions: dict) -> None:
                       for label, score, segment in zip(p["labels"], p["scores"], p["segments"])]
                for name, p in predictions.items()}
     content = {"version": "ActionVLM", "results": results, "external_data": {}}
-    Path(path).write_text(json.dumps(content) + "\n")
+    with written_whole(path) as beside:
+        beside.write_text(json.dumps(content) + "\n")
 
 
 def to_ground_truth(videos) -> dict:

@@ -4,7 +4,7 @@
     python train.py --dataset custom --features DIR --annotations FILE --descriptions FILE
     python train.py --dataset custom --videos DIR --annotations FILE --descriptions FILE
     python train.py ... --dry-run                   # load everything, say what was found, run one batch, write nothing
-    python train.py ... --resume                    # go on from the checkpoint in --out
+    python train.py ... --resume                    # go on from the checkpoint in --out, also in the middle of an epoch
     torchrun --nproc_per_node 4 train.py ...        # on several GPUs; --batch-size is of each
 
 Writes into --out: checkpoint.safetensors, log.jsonl, result.json (ActivityNet format), report.png.
@@ -14,12 +14,14 @@ import json
 import math
 import os
 import shutil
+import signal
 import sys
+import threading
 import time
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import asdict, replace
-from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -27,31 +29,33 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, RandomSampler
 from tqdm import tqdm
 
 import figures
 from advantage import advantage_loss, frame_classes, language_advantage
-from data import (FEATURE_PRESETS, PRESETS, VIDEO_SUFFIXES, InputError, TALDataset, class_names, collate, doubt_steps,
-                  find_files, load_annotations, load_descriptions, make_demo, open_features, probe, process_rank,
-                  subset_of)
+from data import (FEATURE_PRESETS, PRESETS, VIDEO_SUFFIXES, InputError, TALDataset, batch_loader, class_names, collate,
+                  dead_workers_named, doubt_steps, find_files, load_annotations, load_descriptions, make_demo,
+                  not_written, open_features, probe, process_rank, subset_of, written_whole)
 from evaluate import check_ranges, device, score_test_set
 from head import detection_loss
 from model import TINY_VISION, ActionVLM, Config
 from vlm import instruction, language_config, make_tiny_lm, proposal_text
 from weights import vision_config
 
+FILES = ("checkpoint.safetensors", "log.jsonl", "result.json", "report.png")     # what a run writes into --out
+
 
 def vision_only_epoch(run, loader) -> dict:
     """Algorithm 1, lines 1-8: train without language, and record the mean loss of each class."""
     run.model.train()
-    run.model.class_mean.reset()                                                  # line 2
+    if not run.batches_done:                                                      # an epoch that is resumed keeps them
+        run.model.class_mean.reset()                                              # line 2
     for batch in run.batches(loader, "vision-only"):
         output = run.model(batch, use_language=False)
         dh = run.detection_loss(output, batch)                                    # line 4
         run.model.class_mean.update(dh.frame_loss, run.frame_classes(batch), batch.mask)   # line 5
         run.step(dh.loss_dh, loss_cls=dh.loss_cls, loss_loc=dh.loss_loc)          # line 6
-    run.model.class_mean.sync()
     return run.end_epoch()
 
 
@@ -67,31 +71,43 @@ def vision_language_epoch(run, loader) -> dict:
         predicted = args.lambda_lang == "learned" and args.features_used == "both"
         lambda_adv = args.lambda_adv if predicted else 0.0                        # another weight has no use for it
         loss = dh.loss_dh + args.lambda_tg * output.text_loss + lambda_adv * loss_adv  # line 16: Eq. 9
+        frames = batch.mask.sum()
         run.step(loss, loss_cls=dh.loss_cls, loss_loc=dh.loss_loc, loss_tg=output.text_loss, loss_adv=loss_adv,
-                 lambda_lang=output.lambda_lang.sum() / batch.mask.sum(), advantage=advantage[batch.mask].mean())
+                 lambda_lang=output.lambda_lang.sum() / frames, advantage=(advantage * batch.mask).sum() / frames)
     return run.end_epoch()
 
 
 class Run:
-    """One training run: model, optimizer, weight average, position, log. Its state is what a checkpoint holds."""
+    """One training run: model, optimizer, weight average, position, log. Its state is what a checkpoint holds.
 
-    def __init__(self, model: ActionVLM, args, steps_per_epoch: int):
+    A step whose loss or gradient is not finite leaves no trace in that state but its place in the epoch. It is left out
+    on the device, and `look` sees it later: no step waits for a GPU.
+    """
+
+    def __init__(self, model: ActionVLM, args, steps_per_epoch: int, signals: "StopSignals | None" = None):
         self.model, self.args, self.steps_per_epoch = model, args, steps_per_epoch
-        self.device = torch.device(args.device)
+        self.device, self.signals = torch.device(args.device), signals or StopSignals()
         self.optimizer = torch.optim.AdamW(parameter_groups(model, args), betas=(0.9, 0.999), fused=True)
         self.ema = {n: p.detach().clone() for n, p in trained_parameters(model)} if args.ema else {}
-        self.epoch, self.global_step, self.micro_steps, self.terms = 0, 0, 0, []
+        self.epoch, self.batches_done, self.global_step = 0, 0, 0                # batches_done: of this epoch
+        self.terms, self.term_names = [], []             # this epoch's log row: for each batch the values of its terms
+        self.videos, self.before = [], []                # names in the batch; running means before the step
+        self.pending, self.unseen = [], []               # (terms, videos) of batches before a step; steps to look at
+        self.out = None                                  # folder of the checkpoint; none is written without
 
     def batches(self, loader, kind: str):
-        """Batches on the device, behind a progress bar with the time left of this epoch."""
+        """Batches on the device, from the position in the epoch on, behind a progress bar with the time left."""
         self.started = time.time()
-        loader.dataset.epoch = self.epoch
+        loader.dataset.epoch, loader.batch_sampler.first = self.epoch, self.batches_done
         loader.generator.manual_seed(self.args.seed * 100003 + self.epoch)       # the order depends on the epoch alone
         if dist.is_initialized():
-            loader.sampler.set_epoch(self.epoch)
+            loader.batch_sampler.sampler.set_epoch(self.epoch)
         bar = tqdm(loader, desc=f"epoch {self.epoch + 1}/{self.args.epochs} {kind}", leave=False, dynamic_ncols=True,
-                   disable=None if first_process() else True)
+                   total=len(loader), initial=self.batches_done, disable=None if first_process() else True)
         for batch in bar:
+            if not self.pending:
+                self.before = [mean.clone() for mean in self.running_means()]
+            self.videos = [window.video.name for window in batch.windows]
             yield batch.to(self.device)
 
     def frame_classes(self, batch):
@@ -102,68 +118,142 @@ class Run:
         return detection_loss(output, batch.segments, labels, self.model.head.loss_normalizer, self.args.lambda_loc,
                               self.args.label_smoothing)
 
+    def running_means(self) -> list:
+        """The buffers that a training step changes."""
+        return [*self.model.class_mean.buffers(), self.model.head.loss_normalizer]
+
     def step(self, loss: torch.Tensor, **terms) -> None:
         """Adds up gradients; after --accumulate calls (or at the end of the epoch) one optimizer step."""
         (loss / self.args.accumulate).backward()
-        self.terms.append({"loss": loss.detach(), **{k: v.detach() for k, v in terms.items()}})
-        self.micro_steps += 1
-        if self.micro_steps == self.args.accumulate:
+        terms = {"loss": loss, **terms}
+        self.term_names = list(terms)
+        self.pending.append((torch.stack([value.detach() for value in terms.values()]), self.videos))
+        self.batches_done += 1
+        if len(self.pending) == self.args.accumulate:
             self.update()
 
     def update(self) -> None:
         """One optimizer step: warm-up and cosine learning rate, clipped gradient, weight average."""
-        factor = lr_factor(self.global_step, self.steps_per_epoch, self.args.epochs, self.args.warmup_epochs)
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["base_lr"] * factor
+        self.set_learning_rates(self.global_step)
         average_gradients(self.model)
-        nn.utils.clip_grad_norm_(self.model.parameters(), self.args.clip)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.args.clip)
+        norm = norm + 0 * sum(terms[0] for terms, _ in self.pending)             # nor is it finite if a loss is not
+        if dist.is_initialized():
+            dist.all_reduce(norm)
+        bad = ~norm.isfinite()
+        self.optimizer.found_inf = bad.float()           # where it is 1 AdamW does nothing, as under a GradScaler
         self.optimizer.step()                            # parameters without gradient (language, in turn) are skipped
         self.optimizer.zero_grad(set_to_none=True)
         if self.args.ema:
             average, current = list(self.ema.values()), [p.detach() for _, p in trained_parameters(self.model)]
-            torch._foreach_lerp_(average, current, 1 - self.args.ema)
-        self.global_step, self.micro_steps = self.global_step + 1, 0
+            torch._foreach_lerp_(average, current, [(1 - self.args.ema) * (~bad).float()] * len(average))
+        for mean, before in zip(self.running_means(), self.before):
+            mean.copy_(torch.where(bad, before, mean))
+        self.global_step += 1
+        self.unseen.append((self.global_step, norm, self.pending))
+        self.pending = []
+        self.pause(save=self.args.save_every and self.global_step % self.args.save_every == 0)
+
+    def set_learning_rates(self, step: int) -> None:
+        factor = lr_factor(step, self.steps_per_epoch, self.args.epochs, self.args.warmup_epochs)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["base_lr"] * factor
+
+    def look(self) -> None:
+        """Were the steps since the last look finite? One that was not stops the run, or with --skip-non-finite is
+        said. A GPU is waited for here and nowhere else in a step."""
+        steps, self.unseen = self.unseen, []
+        norms, found = torch.stack([norm for _, norm, _ in steps]).tolist() if steps else [], []
+        for (step, _, batches), norm in zip(steps, norms):
+            if math.isfinite(norm):
+                self.terms += [terms for terms, _ in batches]
+                continue
+            suspects = [batch for batch in batches if not batch[0].isfinite().all()] or batches
+            values = dict(zip(self.term_names, suspects[0][0].tolist())) | {"norm of the gradient": norm}
+            found.append(f"step {step}: expected a finite loss and gradient, found "
+                         + ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+                         + f"; videos: {', '.join(name for _, names in suspects for name in names)}")
+        if found and not self.args.skip_non_finite:
+            self.save()
+            raise InputError(f"{found[0]}; nothing of this step was kept. Look at these videos, or lower --lr; "
+                             f"--resume goes on after it, and --skip-non-finite leaves out all such steps")
+        for line in found:
+            print(f"skipped {line}")
+
+    def pause(self, save: bool) -> None:
+        """Between two steps: write the checkpoint if it is time for it or a signal came, and stop after a signal."""
+        if len(self.unseen) >= (50 if self.device.type == "cuda" else 1):
+            self.look()
+        number = self.signals.received
+        if save or number:
+            self.save()
+        if number:
+            raise Stopped(number, f" in epoch {self.epoch + 1}/{self.args.epochs} after {self.batches_done} of its "
+                                  f"batches, {self.global_step} steps in all; --resume goes on from here")
+
+    def save(self) -> None:
+        """Write the checkpoint, of steps that were looked at. Returns when it is written, in every process."""
+        self.look()
+        if self.out and first_process():
+            save_checkpoint(self.out / "checkpoint.safetensors", self)
+        if dist.is_initialized():
+            dist.barrier()
 
     def end_epoch(self) -> dict:
-        """Mean of every term over the epoch, and all processes; non-finite losses stop the run."""
-        if self.micro_steps:
+        """Mean of every term over the epoch, and all processes."""
+        if self.pending:
             self.update()
-        terms = torch.stack([torch.stack(list(t.values())) for t in self.terms]).mean(0)
+        self.look()
+        if not self.terms:
+            raise InputError(f"epoch {self.epoch + 1}: expected steps of finite loss, found none; lower --lr")
+        terms = torch.stack(self.terms).mean(0)
         if dist.is_initialized():
             dist.all_reduce(terms)
             terms /= dist.get_world_size()
-        means = dict(zip(self.terms[0], terms.tolist()))
-        self.terms, self.epoch = [], self.epoch + 1
-        if not math.isfinite(means["loss"]):
-            raise InputError(f"epoch {self.epoch}: the loss is not finite: {means}; lower --lr or look at the inputs")
+        means = dict(zip(self.term_names, terms.tolist()))
+        self.terms, self.batches_done, self.epoch = [], 0, self.epoch + 1
         return means | {"lr": self.optimizer.param_groups[0]["lr"], "seconds": round(time.time() - self.started, 2)}
 
 
 def main(argv=None) -> int:
-    """The whole run: data, model, Algorithm 1, evaluation, report."""
+    """The whole run. Returns the exit code: 0, 2 after a mistake in flags or files, 130 or 143 after a signal."""
     args = get_args(argv)
+    try:
+        with StopSignals() as signals:
+            run_all(args, signals)
+        return 0
+    except Stopped as stopped:
+        print(f"train.py: {stopped}", file=sys.stderr)
+        return stopped.code
+    except (InputError, OSError, SafetensorError) as error:
+        print(f"train.py: error: {error}", file=sys.stderr)
+    except RuntimeError as error:
+        if "does not have a deterministic implementation" not in str(error):
+            raise
+        print(f"train.py: error: --deterministic: {error}", file=sys.stderr)
+    return 2
+
+
+def run_all(args, signals: "StopSignals") -> None:
+    """Data, model, Algorithm 1, evaluation, report."""
+    be_deterministic(args.deterministic)
     join_processes(args)
     torch.manual_seed(args.seed)
     out = Path(args.out)
-    try:
-        with first_process_first():
-            open_folder(out, args)
-            training, test, descriptions = load_data(args)
-            config = load_config(args, training, descriptions)
-        model = build_model(config, args).to(args.device)
-        if not args.resume:
-            some = range(0, len(training), max(1, len(training) // 16))          # 16 videos or a few more
-            model.calibrate(collate([training[i]], model.multiple).to(args.device) for i in some)
-        same_start(model, args.seed)
-        windows = len(training) / process_rank()[1]
-        run = Run(model, args, steps_per_epoch=math.ceil(windows / args.batch_size / args.accumulate))
-        if args.resume:
-            load_checkpoint(out / "checkpoint.safetensors", run)
-        (dry_run if args.dry_run else train)(run, training, test, out)
-        return 0
-    except (InputError, OSError) as error:
-        print(f"train.py: error: {error}", file=sys.stderr)
-        return 2
+    with first_process_first():
+        open_folder(out, args)
+        training, test, descriptions = load_data(args)
+        config = load_config(args, training, descriptions)
+    model = build_model(config, args).to(args.device)
+    if not args.resume:
+        some = range(0, len(training), max(1, len(training) // 16))              # 16 videos or a few more
+        model.calibrate(collate([training[i]], model.multiple).to(args.device) for i in some)
+    same_start(model, args.seed)
+    windows = len(training) / process_rank()[1]
+    run = Run(model, args, math.ceil(windows / args.batch_size / args.accumulate), signals)
+    if args.resume:
+        load_checkpoint(out / "checkpoint.safetensors", run)
+    (dry_run if args.dry_run else train)(run, training, test, out)
 
 
 def build_model(config: Config, args) -> ActionVLM:
@@ -184,12 +274,18 @@ def open_folder(out: Path, args) -> None:
     """Make --out ready: a new run needs a folder without another run's files, or --overwrite."""
     if not first_process():
         return
-    if not (args.resume or args.dry_run) and (out / "log.jsonl").exists():
-        if not args.overwrite:
-            raise InputError(f"--out {out}: expected a folder without a run, found log.jsonl; go on with --resume, "
-                             f"start over with --overwrite, or name another folder")
-        (out / "log.jsonl").unlink()
-        shutil.rmtree(out / "tiny-lm", ignore_errors=True)                       # its tokenizer knew other descriptions
+    found = [name for name in FILES if (out / name).exists()]
+    if args.resume and "checkpoint.safetensors" not in found:
+        raise InputError(f"--resume: expected checkpoint.safetensors of an earlier run in --out {out}, found none; "
+                         f"start without --resume, or name another folder")
+    if not (args.resume or args.dry_run):
+        if found and not args.overwrite:
+            raise InputError(f"--out {out}: expected a folder without a run, found {', '.join(found)}; go on with "
+                             f"--resume, start over with --overwrite, or name another folder")
+        for name in found:
+            (out / name).unlink()
+        if args.lm == "tiny":              # another run's tokenizer knew other descriptions, or it is only half written
+            shutil.rmtree(out / "tiny-lm", ignore_errors=True)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -199,26 +295,28 @@ def open_folder(out: Path, args) -> None:
 
 def train(run: Run, training: TALDataset, test: TALDataset, out: Path) -> None:
     """Algorithm 1 over all epochs, then the evaluation."""
-    args, model = run.args, run.model
+    args, model, run.out = run.args, run.model, out
     loader = make_loader(run, training)
     describe(run, training, test)
     started, first, writes = time.time(), run.epoch, first_process()             # one process writes
     if writes:
-        save_checkpoint(out / "checkpoint.safetensors", run)
-    for epoch in range(run.epoch, args.epochs):
-        with_language = model.language is not None and (epoch % 2 == 1 or not model.config.use_vision)
-        terms = (vision_language_epoch if with_language else vision_only_epoch)(run, loader)
-        left = (time.time() - started) / (run.epoch - first) * (args.epochs - run.epoch)
-        if writes:
-            log_epoch(out, run, "vision-language" if with_language else "vision-only", terms, left)
-            save_checkpoint(out / "checkpoint.safetensors", run)
+        trim_log(out / "log.jsonl", run.epoch)
+    with run.signals.deferred(), dead_workers_named(training):
+        run.pause(save=True)
+        for epoch in range(run.epoch, args.epochs):
+            with_language = model.language is not None and (epoch % 2 == 1 or not model.config.use_vision)
+            terms = (vision_language_epoch if with_language else vision_only_epoch)(run, loader)
+            left = (time.time() - started) / (run.epoch - first) * (args.epochs - run.epoch)
+            if writes:
+                log_epoch(out, run, "vision-language" if with_language else "vision-only", terms, left)
+            run.pause(save=True)
     use_average(run)
     results, _ = score_test_set(model, test, args, args.tiou, out)
     if not writes:
         return
-    figures.report(out / "report.png", read_log(out / "log.jsonl"), test.videos, results,
-                   model.config.descriptions)
-    print(f"{time.time() - started:.0f} s; wrote checkpoint.safetensors, log.jsonl, result.json, report.png to {out}")
+    with written_whole(out / "report.png") as beside:
+        figures.report(beside, read_log(out / "log.jsonl"), test.videos, results, model.config.descriptions)
+    print(f"{time.time() - started:.0f} s; wrote {', '.join(FILES)} to {out}")
 
 
 def dry_run(run: Run, training: TALDataset, test: TALDataset, out: Path) -> None:
@@ -247,8 +345,50 @@ def log_epoch(out: Path, run: Run, kind: str, terms: dict, seconds_left: float) 
         names = [*run.model.config.classes, "background"]
         row["class_mean"] = {n: round(m, 4) for n, m in zip(names, run.model.class_mean.mean().tolist())}
         print("          class means: " + ", ".join(f"{n} {m:.3f}" for n, m in row["class_mean"].items()))
-    earlier = [r for r in read_log(out / "log.jsonl") if r["epoch"] < run.epoch]      # none repeated after a resume
-    (out / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in [*earlier, row]))
+    append_row(out / "log.jsonl", row)
+
+
+# ------------------------------------------------------------------------------------------------ signals
+class Stopped(BaseException):
+    """SIGINT or SIGTERM ended the run; `code` is what the process exits with."""
+
+    def __init__(self, number: int, where: str = ""):
+        super().__init__(f"stopped by {signal.Signals(number).name}{where}")
+        self.code = 128 + number
+
+
+class StopSignals:
+    """SIGINT and SIGTERM, while this is entered. The first one raises Stopped: at once, or while it is `deferred` when
+    `Run.pause` finds it in `received`. The second one ends the process at once."""
+
+    def __init__(self):
+        self.received, self.defers, self.before = 0, False, {}
+
+    def __enter__(self) -> "StopSignals":
+        if threading.current_thread() is threading.main_thread():                # only there can handlers be set
+            self.before = {n: signal.signal(n, self.receive) for n in (signal.SIGINT, signal.SIGTERM)
+                           if signal.getsignal(n) != signal.SIG_IGN}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+
+    def receive(self, number: int, _) -> None:
+        self.received = number
+        for each in self.before:
+            signal.signal(each, signal.SIG_DFL)
+        if not self.defers:
+            raise Stopped(number)
+
+    @contextmanager
+    def deferred(self):
+        """Several processes do not wait: they are never at the same step, and their last checkpoint holds."""
+        self.defers = not dist.is_initialized()
+        yield
+        self.defers = False
+        if self.received:
+            raise Stopped(self.received)
 
 
 # ------------------------------------------------------------------------------------------------ processes
@@ -285,6 +425,15 @@ def same_start(model: ActionVLM, seed: int) -> None:
             dist.broadcast(tensor, 0)
         if not first_process():
             torch.manual_seed(seed + 1000 * dist.get_rank())
+
+
+def be_deterministic(on: bool) -> None:
+    """Only algorithms that give the same bits in every run, or none but torch's usual choice."""
+    if on:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")              # read when CUDA starts
+        torch.backends.cudnn.benchmark = False
+    if on != torch.are_deterministic_algorithms_enabled():                       # this call loads much of torch
+        torch.use_deterministic_algorithms(on)
 
 
 def average_gradients(model: ActionVLM) -> None:
@@ -380,6 +529,8 @@ def build_parser() -> argparse.ArgumentParser:
     group("--out", default="out", help="folder for everything the run writes")
     group("--resume", action="store_true", help="go on from OUT/checkpoint.safetensors")
     group("--overwrite", action="store_true", help="start over in a folder that holds another run")
+    group("--save-every", type=int, default=200, help="steps between two checkpoints (0 = only after an epoch)")
+    group("--skip-non-finite", action="store_true", help="leave out steps of a loss or gradient that is not finite")
     group("--tiou", type=float, nargs="+", default=[0.3, 0.4, 0.5, 0.6, 0.7], help="tIoU thresholds of the evaluation")
     group("--nms-sigma", type=float, default=0.5, help="sigma of soft-NMS")
     group("--voting", type=float, default=0.0, help="tIoU of segment voting after it (0 = off)")
@@ -388,6 +539,7 @@ def build_parser() -> argparse.ArgumentParser:
     group("--external-scores", help="JSON of video-level class scores: the head finds actions without class, and these "
                                     "say which")
     group("--seed", type=int, default=0, help="seed of weights, order and augmentation")
+    group("--deterministic", action="store_true", help="the same bits in every run on one machine, slower on a GPU")
     group("--device", type=device, default="cuda" if gpu else "cpu", help="cuda or cpu")
     group("--grad-checkpoint", choices=["on", "off"], default="on" if gpu else "off",
           help="compute activations of encoder and language model again in the backward pass: less memory, more time")
@@ -403,7 +555,8 @@ RANGES = dict(                                                                  
     epochs=(0, MANY), warmup_epochs=(0, MANY), batch_size=(1, MANY), accumulate=(1, MANY), drop_path=(0, BELOW_1),
     lr=(0, MANY), lr_vision=(0, MANY), lr_lm=(0, MANY), weight_decay=(0, MANY), clip=(ABOVE_0, MANY), ema=(0, BELOW_1),
     lambda_loc=(0, MANY), lambda_tg=(0, MANY), lambda_adv=(0, MANY), label_smoothing=(0, 1), tiou=(ABOVE_0, 1),
-    nms_sigma=(ABOVE_0, MANY), voting=(0, 1), max_per_class=(0, MANY), max_per_video=(0, MANY), seed=(0, MANY))
+    nms_sigma=(ABOVE_0, MANY), voting=(0, 1), max_per_class=(0, MANY), max_per_video=(0, MANY), save_every=(0, MANY),
+    seed=(0, MANY))
 
 
 def check_args(parser, args):
@@ -523,10 +676,19 @@ def load_config(args, training: TALDataset, descriptions: dict) -> Config:
 
 def make_loader(run: "Run", dataset: TALDataset) -> DataLoader:
     """Shuffled batches; the order depends on seed and epoch alone. Of several processes each has its share."""
-    sampler = DistributedSampler(dataset, seed=run.args.seed) if dist.is_initialized() else None
-    return DataLoader(dataset, run.args.batch_size, shuffle=sampler is None, sampler=sampler,
-                      num_workers=run.args.workers, collate_fn=partial(collate, multiple=run.model.multiple),
-                      generator=torch.Generator())
+    generator = torch.Generator()
+    sampler = DistributedSampler(dataset, seed=run.args.seed) if dist.is_initialized() else \
+        RandomSampler(dataset, generator=generator)
+    return batch_loader(dataset, run.model.multiple, run.args.workers, generator=generator,
+                        batch_sampler=BatchesFrom(sampler, run.args.batch_size, drop_last=False))
+
+
+class BatchesFrom(BatchSampler):
+    """The batches of an epoch from number `first` on: those before are not read again when an epoch is resumed."""
+    first = 0
+
+    def __iter__(self):
+        return islice(super().__iter__(), self.first, None)
 
 
 # ------------------------------------------------------------------------------------------------ optimization
@@ -593,8 +755,9 @@ def estimate_memory(run: Run) -> str:
 
 # ------------------------------------------------------------------------------------------------ checkpoints
 def save_checkpoint(path: Path, run: Run) -> None:
-    """One safetensors file: what was trained, the buffers, the optimizer, the weight average, random state; and in
-    its header the configuration, the flags and the position. Written beside, then renamed: never half a file."""
+    """One safetensors file: what was trained, the buffers, the optimizer, the weight average, random state, the terms
+    of the running epoch; and in its header the configuration, the flags and the position: epochs done, windows done of
+    the next one (so that another --batch-size can go on), steps. Random state and terms are the first process's."""
     tensors = {f"model.{n}": t for n, t in model_state(run.model).items()}
     tensors |= {f"ema.{n}": t for n, t in run.ema.items()}
     for name, parameter in trained_parameters(run.model):
@@ -602,19 +765,25 @@ def save_checkpoint(path: Path, run: Run) -> None:
     tensors["random.cpu"] = torch.get_rng_state()
     if run.device.type == "cuda":
         tensors["random.cuda"] = torch.cuda.get_rng_state()
+    if run.terms:
+        tensors["progress.terms"] = torch.stack(run.terms)
     header = {"config": json.dumps(asdict(run.model.config)), "args": json.dumps(vars(run.args)),
-              "epoch": str(run.epoch), "step": str(run.global_step)}
-    partial = path.with_name(path.name + ".partial")
-    save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, partial, header)
-    with open(partial, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+              "epoch": str(run.epoch), "windows": str(run.batches_done * windows_at_once(run.args)),
+              "step": str(run.global_step), "terms": json.dumps(run.term_names)}
+    with written_whole(path) as beside:
+        save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, beside, header)
+
+
+def windows_at_once(args) -> int:
+    """Windows of one batch, over all processes."""
+    return args.batch_size * process_rank()[1]
 
 
 def load_checkpoint(path, run: Run | None = None, lm: str | None = None):
-    """Read a checkpoint. With a run: restore all of its state, so that it goes on as if it had never stopped.
-    Without one: build the model and return (model with the averaged weights, flags of its training). The frozen
-    language model is read from where it was, from beside the checkpoint, or from `lm`."""
+    """Read a checkpoint. With a run: restore all of its state, so that it goes on as if it had never stopped (of
+    several processes, all but the first draw other random numbers then). Without one: build the model and return
+    (model with the averaged weights, flags of its training). The frozen language model is read from where it was, from
+    beside the checkpoint, or from `lm`."""
     header, tensors = read_checkpoint(path)
     config, args = Config(**json.loads(header["config"])), argparse.Namespace(**json.loads(header["args"]))
     if run is None:
@@ -628,8 +797,9 @@ def load_checkpoint(path, run: Run | None = None, lm: str | None = None):
                              f"evaluate.py --lm") from error
         restore(model, path, part(tensors, "model") | part(tensors, "ema"))
         return model, args
-    if asdict(run.model.config) != asdict(config):
-        differ = [k for k, v in asdict(run.model.config).items() if asdict(config)[k] != v]
+    ours, theirs = ({**asdict(c), "lm": Path(c.lm).name} for c in (run.model.config, config))     # it may have moved
+    differ = [key for key in ours if ours[key] != theirs[key]]
+    if differ:
         raise InputError(f"{path}: expected the configuration of this run, found another in {', '.join(differ)}; "
                          f"use the flags of the first run, or another --out")
     restore(run.model, path, part(tensors, "model"))
@@ -639,10 +809,17 @@ def load_checkpoint(path, run: Run | None = None, lm: str | None = None):
         state = {key: tensors[f"optimizer.{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")
                  if f"optimizer.{key}.{name}" in tensors}
         run.optimizer.state[parameter] = {k: t.to(run.device) for k, t in state.items()}
+    run.epoch, run.global_step = int(header["epoch"]), int(header["step"])
+    run.batches_done = int(header.get("windows", 0)) // windows_at_once(run.args)
+    run.terms, run.term_names = list(tensors.get("progress.terms", [])), json.loads(header.get("terms", "[]"))
+    run.terms = [terms.to(run.device) for terms in run.terms]
+    run.set_learning_rates(max(0, run.global_step - 1))
+    if not first_process():
+        torch.manual_seed(run.args.seed + 1000 * process_rank()[0] + run.global_step)
+        return
     torch.set_rng_state(tensors["random.cpu"])
     if "random.cuda" in tensors and run.device.type == "cuda":
         torch.cuda.set_rng_state(tensors["random.cuda"])
-    run.epoch, run.global_step = int(header["epoch"]), int(header["step"])
 
 
 def read_checkpoint(path):
@@ -683,8 +860,27 @@ def use_average(run: Run) -> None:
 
 
 def read_log(path) -> list:
-    """The rows of log.jsonl; none before the first epoch."""
-    return [json.loads(line) for line in Path(path).read_text().splitlines()] if Path(path).exists() else []
+    """The rows of log.jsonl; none before the first epoch. A last line that a crash has cut does not count."""
+    lines = Path(path).read_text().splitlines(keepends=True) if Path(path).exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def append_row(path, row: dict) -> None:
+    """Returns when the row is on the disk. What a full disk cuts is dropped by `read_log`."""
+    try:
+        with open(path, "ab") as file:
+            file.write(json.dumps(row).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise not_written(path, error) from error
+
+
+def trim_log(path: Path, epoch: int) -> None:
+    """Drop the rows of epochs that are trained again, after number `epoch`, and a line that a crash has cut."""
+    if path.exists():
+        with written_whole(path) as beside:
+            beside.write_text("".join(json.dumps(row) + "\n" for row in read_log(path) if row["epoch"] <= epoch))
 
 
 if __name__ == "__main__":

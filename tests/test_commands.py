@@ -295,7 +295,7 @@ def test_accumulated_batches_make_one_step(features, tmp_path):
 @pytest.mark.parametrize("change, message", [
     (["--annotations", "nowhere.json"], "nowhere.json: expected a JSON file"), (["--train-subset", "x"], "subsets there"),
     (["--features", "."], "found none for 2 of 2: a, b"), (["--lm", "nowhere"], "--lm nowhere: expected"),
-    (["--resume"], "checkpoint.safetensors: expected a checkpoint"),
+    (["--resume"], "--resume: expected checkpoint.safetensors of an earlier run"),
 ])
 def test_mistakes_end_with_a_message_and_exit_code_2(features, tmp_path, capsys, change, message):
     assert train.main([*map(str, features[1]), "--out", str(tmp_path), *change]) == 2

@@ -1,5 +1,6 @@
 """Algorithm 1 and §3.6: the order of events, Eq. 9, the optimizer, checkpoints that resume."""
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,7 +22,8 @@ class Loader(list):
     """Batches in place of a DataLoader."""
     def __init__(self, batches):
         super().__init__(batches)
-        self.dataset, self.generator = type("", (), {})(), torch.Generator()
+        self.dataset = self.batch_sampler = SimpleNamespace()
+        self.generator = torch.Generator()
 
 
 @pytest.fixture
@@ -107,11 +109,11 @@ def test_epochs_alternate_and_fixed_lambda_zero_is_vision_only(tmp_path, make_mo
     kinds = []
     for name in ("vision_only_epoch", "vision_language_epoch"):
         monkeypatch.setattr(train, name, lambda run, loader, name=name: (
-            kinds.append(name), run.terms.append({"loss": torch.ones(())}), setattr(run, "started", 0), run.end_epoch())[-1])
+            kinds.append(name), run.terms.append(torch.ones(1)), setattr(run, "started", 0), run.end_epoch())[-1])
     for function in ("save_checkpoint", "make_loader"):
         monkeypatch.setattr(train, function, lambda *a, **k: None)
     monkeypatch.setattr(train, "score_test_set", lambda *a: (None, None))
-    monkeypatch.setattr(train.figures, "report", lambda *a: None)
+    monkeypatch.setattr(train.figures, "report", lambda path, *a: path.touch())
     data = type("", (), {"videos": [], "__len__": lambda self: 1})()
     for fixed, expected in ((None, [0, 1, 0, 1]), (0.0, [0, 0, 0, 0])):
         kinds.clear()
@@ -213,7 +215,7 @@ def test_a_broken_checkpoint_is_named(tmp_path, content):
 def test_a_loss_that_is_not_finite_stops_with_its_terms(make_run, loader):
     run = make_run()
     loader[0].inputs[0, 0, 0] = math.nan
-    with pytest.raises(train.InputError, match="not finite.*loss_cls"):
+    with pytest.raises(train.InputError, match="step 1: expected a finite loss.*loss_cls nan"):
         vision_only_epoch(run, loader)
 
 
@@ -221,6 +223,7 @@ def test_a_loss_that_is_not_finite_stops_with_its_terms(make_run, loader):
     (["--dataset", "custom"], "either --videos DIR"), (["--features", "x"], "demo reads videos"),
     (["--lambda-lang", "1.5"], "0 to 1"), (["--epochs", "-1"], "--epochs: expected 0"),
     (["--dataset", "custom", "--features", "x"], "--annotations"), (["--lambda-lang", "much"], "0 to 1"),
+    (["--save-every", "-1"], "--save-every: expected 0"),
 ])
 def test_flags_that_cannot_work_end_with_a_message(argv, message, capsys):
     with pytest.raises(SystemExit) as error:
