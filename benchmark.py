@@ -28,7 +28,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
 
 import vlm
-from data import Batch, TALDataset, Video, read_json
+from annotations import Video, read_json
+from data import Batch, TALDataset
 from demo import write_video
 from evaluate import device, mean_average_precision
 from head import (DetectionHead, HeadOutput, decode, detection_loss, nms_per_class, pyramid_points,

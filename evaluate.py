@@ -46,9 +46,10 @@ from tqdm import tqdm
 
 import figures
 from advantage import frame_classes
-from data import (InputError, TALDataset, Video, batch_loader, dead_workers_named, grid_to_seconds, is_number,
-                  load_external_scores, open_features, probe, process_rank, read_field, read_segments, seconds_to_grid,
-                  shorten, written_whole)
+from annotations import InputError, Video, is_number, load_external_scores, read_field, read_segments, shorten
+from checkpoint import load_checkpoint, written_whole
+from data import (TALDataset, batch_loader, dead_workers_named, grid_to_seconds, open_features, probe, process_rank,
+                  seconds_to_grid)
 from head import decode, nms_per_class
 from vlm import CUT, parse_proposals
 
@@ -148,7 +149,6 @@ def main(argv=None) -> int:
 
 def open_checkpoint(args):
     """(model on the device, flags of its training, folder for what this command writes)."""
-    from train import load_checkpoint
     path = Path(args.checkpoint)
     path = path / "checkpoint.safetensors" if path.is_dir() else path
     model, trained = load_checkpoint(path, lm=args.lm)

@@ -5,7 +5,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from data import Video, open_features, read_frames
+from annotations import Video
+from data import open_features, read_frames
 
 LOSSES = {"loss_cls": "classification (focal)", "loss_loc": "localization (DIoU)", "loss_tg": "text $L_{tg}$ / 10",
           "loss_adv": "advantage $L_{adv}$", "lambda_lang": r"mean $\lambda$"}

@@ -19,7 +19,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import NamedTuple
 
-from data import PRESETS, InputError, is_number, make_demo, read_json
+from annotations import InputError, is_number, read_json
+from data import PRESETS, make_demo
 from evaluate import LEVELS, check_ranges, read_reference
 
 HERE = Path(__file__).parent

@@ -20,7 +20,7 @@ import transformers
 from einops import rearrange, repeat
 from torch import nn
 
-from data import InputError
+from annotations import InputError
 
 transformers.logging.disable_progress_bar()
 SPECIAL_TOKENS = ("[cls]", "[loc]", "[adv]")

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from data import InputError, is_number, read_json, shorten
+from annotations import InputError, is_number, read_json, shorten
 
 HEADS = {384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16}          # of VideoMAE S, B, L, H, g by width
 FOLDERS = {                                                       # model_type -> kind, defaults of the code it is from

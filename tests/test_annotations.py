@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+import annotations
 import data
 import train
-from data import InputError, Video, class_names, load_annotations, load_external_scores
+from annotations import InputError, Video, class_names, load_annotations, load_external_scores
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.exists(), reason="../shared/data is absent")
@@ -165,7 +166,7 @@ OUT_OF_REACH = "that begin after the end of their video, kept but out of reach"
 
 
 @needs_shared
-@pytest.mark.parametrize("name, ambiguous", [("thumos14.json.gz", {}), ("", {data.AMBIGUOUS: 89 + 99})])
+@pytest.mark.parametrize("name, ambiguous", [("thumos14.json.gz", {}), ("", {annotations.AMBIGUOUS: 89 + 99})])
 def test_counts_of_thumos14(name, ambiguous):
     table = {"validation": (200, 3007), "test": (212, 3358)}
     assert counts(name) == (table, 20, ambiguous | {OUT_OF_REACH: 30})
@@ -223,7 +224,7 @@ def test_external_scores_of_another_kind(tmp_path, content):
                                            ("epic-noun", 300)])
 def test_presets_agree_with_themselves(name, classes):
     for preset in (data.PRESETS[name], data.PRESETS[name] | data.FEATURE_PRESETS[name]):
-        assert len(data.read_json(preset["descriptions"])) == classes
+        assert len(annotations.read_json(preset["descriptions"])) == classes
         steps = preset.get("resize_to") or preset["window"]
         assert preset["window"] == steps and steps % 2 ** (preset["levels"] - 1) == 0
         assert len(preset.get("ranges", range(6))) == preset["levels"]

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 import benchmark
+import checkpoint
 import evaluate
 import reproduce
 import train
@@ -436,7 +437,7 @@ def test_a_video_shorter_than_a_clip_works(video_project, capsys):
 def rewrite(**changes):
     """The checkpoint with other fields in its header."""
     def change(path):
-        fields, tensors = train.read_checkpoint(path)
+        fields, tensors = checkpoint.read_checkpoint(path)
         save_file(tensors, path, {name: text for name, text in (fields | changes).items() if text is not None})
     return change
 
@@ -471,7 +472,7 @@ def test_resumed_with_another_model(trained, fails, change, part):
 def test_the_language_model_of_a_checkpoint_is_gone(trained, fails, lm_folder):
     _, _, run = trained
     shutil.rmtree(run / "tiny-lm")
-    header = json.loads(train.read_checkpoint(run / "checkpoint.safetensors")[0]["config"])
+    header = json.loads(checkpoint.read_checkpoint(run / "checkpoint.safetensors")[0]["config"])
     rewrite(config=json.dumps(header | {"lm": "/nowhere/lm"}))(run / "checkpoint.safetensors")
     fails(evaluate.main, ["--checkpoint", run, "--device", "cpu"], "checkpoint.safetensors", "/nowhere/lm", "--lm")
     fails(evaluate.main, ["--checkpoint", run, "--device", "cpu", "--lm", lm_folder], "checkpoint.safetensors", "shape")
@@ -481,7 +482,7 @@ def test_features_of_another_width_than_the_checkpoint(trained, fails):
     folder, _, run = trained
     for name in "abc":
         np.save(folder / f"features/{name}.npy", np.zeros((80, 7), np.float32))
-    fields = json.loads(train.read_checkpoint(run / "checkpoint.safetensors")[0]["args"])
+    fields = json.loads(checkpoint.read_checkpoint(run / "checkpoint.safetensors")[0]["args"])
     moved = {name: str(folder / Path(fields[name]).name) for name in ("features", "annotations", "descriptions")}
     rewrite(args=json.dumps(fields | moved))(run / "checkpoint.safetensors")
     command = ["--checkpoint", run, "--device", "cpu"]

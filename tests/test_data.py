@@ -12,10 +12,11 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+import annotations
 import data
 import demo
-from data import (InputError, TALDataset, Video, collate, grid_to_seconds, load_annotations, load_descriptions,
-                  random_window, read_frames, seconds_to_grid, truncate_segments, window_starts)
+from annotations import InputError, Video, load_annotations, load_descriptions
+from data import (TALDataset, collate, grid_to_seconds, random_window, read_frames, seconds_to_grid, truncate_segments, window_starts)
 from demo import write_video
 
 
@@ -216,9 +217,9 @@ def test_descriptions_come_in_class_order_and_a_lack_is_named(tmp_path):
 
 def test_subset_names_in_any_case_and_unknown_ones_listed(tmp_path):
     videos = load_annotations(annotation_file(tmp_path, GOOD))
-    assert data.subset_of(videos, "TRAINING", "f") == videos
+    assert annotations.subset_of(videos, "TRAINING", "f") == videos
     with pytest.raises(InputError, match=r"found none; subsets there: \['training'\]"):
-        data.subset_of(videos, "test", "f")
+        annotations.subset_of(videos, "test", "f")
 
 
 def test_missing_files_are_named_or_left_out_with_a_note(tmp_path):
@@ -227,11 +228,11 @@ def test_missing_files_are_named_or_left_out_with_a_note(tmp_path):
         (tmp_path / name).touch()
     lack = "found none for 12 of 14: x1, x2, x3, x4, x5, x6, x7, x8, x9, x10 and 2 more"
     with pytest.raises(InputError, match=lack):
-        data.find_files(videos, tmp_path, (".npy",))
-    found = data.find_files(videos, tmp_path, (".npy",), skip_missing=True, notes=notes)
+        annotations.find_files(videos, tmp_path, (".npy",))
+    found = annotations.find_files(videos, tmp_path, (".npy",), skip_missing=True, notes=notes)
     assert [v.path.name for v in found] == ["x0.npy", "v_x13.NPY"] and len(notes) == 1 and lack in notes[0]
     with pytest.raises(InputError, match="12 of 12"):                    # nothing at all is an error in any case
-        data.find_files(videos[1:13], tmp_path, (".npy",), skip_missing=True)
+        annotations.find_files(videos[1:13], tmp_path, (".npy",), skip_missing=True)
 
 
 # ---------------------------------------------------------------- videos
@@ -394,7 +395,7 @@ def test_demo_is_deterministic_and_complete(tmp_path):
         data.make_demo(tmp_path / name, train=2, test=1, incomplete=1)
     for file in ("annotations.json", "descriptions.json", "videos/test_000.mp4", "videos/training_001.mp4"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
-    videos = data.find_files(load_annotations(tmp_path / "a" / "annotations.json"), tmp_path / "a" / "videos")
+    videos = annotations.find_files(load_annotations(tmp_path / "a" / "annotations.json"), tmp_path / "a" / "videos")
     for video in videos:
         assert data.probe(video.path) == (pytest.approx(video.duration), 10.0)
         assert (video.segments[1:, 0] > video.segments[:-1, 1]).all() and video.segments.max() < video.duration
@@ -422,7 +423,7 @@ def test_demo_incomplete_clips_are_added_to_a_demo_that_has_none(tmp_path):
     before = (tmp_path / "annotations.json").read_bytes()
     (tmp_path / "incomplete.json").unlink()
     data.make_demo(tmp_path, train=1, test=1, incomplete=1)
-    video, = data.find_files(load_annotations(tmp_path / "incomplete.json"), tmp_path / "videos")
+    video, = annotations.find_files(load_annotations(tmp_path / "incomplete.json"), tmp_path / "videos")
     assert (video.name, video.subset) == ("incomplete_000", "incomplete") and len(video.labels) in (3, 4)
     assert (tmp_path / "annotations.json").read_bytes() == before
 
@@ -458,7 +459,7 @@ def labels_of(dataset):
 @pytest.mark.parametrize("dataset, count", [("thumos14", 20), ("activitynet", 200), ("epic_verb", 97),
                                             ("epic_noun", 300), ("utkinect", 10)])
 def test_descriptions_are_one_line_each_and_all_different(dataset, count):
-    content = data.read_json(Path(data.__file__).parent / "descriptions" / f"{dataset}.json")
+    content = annotations.read_json(Path(data.__file__).parent / "descriptions" / f"{dataset}.json")
     assert len(content) == count == len(set(content.values()))
     assert all(text.strip() == text and text and "\n" not in text for text in content.values())
 
@@ -466,5 +467,5 @@ def test_descriptions_are_one_line_each_and_all_different(dataset, count):
 @pytest.mark.skipif(not SHARED.exists(), reason="../shared/data is absent")
 @pytest.mark.parametrize("dataset", ["thumos14", "activitynet", "epic_verb", "epic_noun", "utkinect"])
 def test_descriptions_have_the_labels_of_the_annotations(dataset):
-    content = data.read_json(Path(data.__file__).parent / "descriptions" / f"{dataset}.json")
+    content = annotations.read_json(Path(data.__file__).parent / "descriptions" / f"{dataset}.json")
     assert set(content) == labels_of(dataset)

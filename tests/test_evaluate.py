@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import evaluate
-from data import InputError, TALDataset, Video
+from annotations import InputError, Video
+from data import TALDataset
 from evaluate import average_precision, load_ground_truth, load_predictions, mean_average_precision, temporal_iou
 from vlm import CUT, parse_proposals
 

@@ -11,10 +11,12 @@ import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
+import annotations
+import checkpoint
 import data
 import evaluate
 import train
-from data import InputError, Video
+from annotations import InputError, Video
 from vlm import parse_proposals, proposal_text
 
 few = settings(derandomize=True, deadline=None, database=None, max_examples=50)
@@ -56,7 +58,7 @@ action = near(st.fixed_dictionaries(
 video = near(st.fixed_dictionaries(
     {"subset": near(st.sampled_from(["test", "Test"])), "duration": near(st.floats(1, 10)),
      "annotations": near(st.lists(action, max_size=4))}, optional={"fps": near(numbers)}))
-annotations = near(st.fixed_dictionaries({"database": near(st.dictionaries(st.sampled_from("abc"), video))}))
+databases = near(st.fixed_dictionaries({"database": near(st.dictionaries(st.sampled_from("abc"), video))}))
 predictions = near(st.fixed_dictionaries({"results": near(st.dictionaries(
     st.sampled_from("abc"), near(st.lists(action, max_size=4))))}))
 scores = near(st.fixed_dictionaries({"results": near(st.dictionaries(st.sampled_from(["a", "v_a"]), near(
@@ -68,10 +70,10 @@ bytes_near_json = st.binary(max_size=60) | anything.map(lambda x: json.dumps(x).
 
 def read_all(path):
     """Every reader of a JSON file on one file."""
-    check_annotations(read(data.load_annotations, path))
-    read(data.load_descriptions, path, ["Run"], [])
+    check_annotations(read(annotations.load_annotations, path))
+    read(annotations.load_descriptions, path, ["Run"], [])
     score_whatever_it_is(read(evaluate.load_ground_truth, path, "test"), read(evaluate.load_predictions, path))
-    check_scores(read(data.load_external_scores, path, ["Jump"], [Video("a", 1.0, 1.0)]))
+    check_scores(read(annotations.load_external_scores, path, ["Jump"], [Video("a", 1.0, 1.0)]))
     read(evaluate.read_reference, [str(path)])
 
 
@@ -108,18 +110,18 @@ def test_any_bytes_as_json(folder, content):
 
 
 @many
-@given(annotations | predictions | scores | st.dictionaries(words, words | anything, max_size=3))
+@given(databases | predictions | scores | st.dictionaries(words, words | anything, max_size=3))
 def test_any_json(folder, content):
     (folder / "near.json").write_text(json.dumps(content))
     read_all(folder / "near.json")
 
 
 @many
-@given(annotations, predictions)
+@given(databases, predictions)
 def test_whatever_is_read_can_be_scored(folder, truth, found):
     for name, content in (("truth", truth), ("found", found)):
         (folder / f"{name}.json").write_text(json.dumps(content))
-    check_annotations(read(data.load_annotations, folder / "truth.json"))
+    check_annotations(read(annotations.load_annotations, folder / "truth.json"))
     score_whatever_it_is(read(evaluate.load_ground_truth, folder / "truth.json", "test"),
                          read(evaluate.load_predictions, folder / "found.json"))
 
@@ -145,7 +147,7 @@ def test_any_table(folder, broken, rows):
         text = "\n".join([TABLES[broken], GOOD[broken], *map(",".join, rows)])
         (folder / f"{broken}.csv").write_bytes(text.encode(errors="surrogatepass"))
     for name in ("test_Annotation", "EPIC_100_validation"):
-        check_annotations(read(data.load_annotations, folder / f"{name}.csv"))
+        check_annotations(read(annotations.load_annotations, folder / f"{name}.csv"))
 
 
 def feature_file(folder):
@@ -182,7 +184,7 @@ def test_any_bytes_as_a_checkpoint(folder, junk, header):
     text = json.dumps({"__metadata__": header}).encode()
     for content in (junk, len(text).to_bytes(8, "little") + text, len(text).to_bytes(8, "little") + text + junk):
         (folder / "checkpoint.safetensors").write_bytes(content)
-        assert read(train.read_checkpoint, folder / "checkpoint.safetensors") is None
+        assert read(checkpoint.read_checkpoint, folder / "checkpoint.safetensors") is None
 
 
 @few

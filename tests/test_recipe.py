@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import nn
 
-from data import TALDataset, Video, truncate_segments
+from annotations import Video
+from data import TALDataset, truncate_segments
 from evaluate import detect
 from head import DetectionHead, pyramid_points
 from model import Output

@@ -3,6 +3,7 @@ import json
 
 import pytest
 
+import annotations
 import data
 import evaluate
 import reproduce
@@ -92,5 +93,5 @@ def test_two_runs_are_resumed_and_not_repeated(tmp_path, monkeypatch, capsys):
 
 def test_a_command_that_fails_is_an_error_with_its_last_lines(tmp_path):
     args = reproduce.build_parser().parse_args(["--out", str(tmp_path)])
-    with pytest.raises(data.InputError, match=r"(?s)evaluate.py ended with code 2 in .*nowhere.*expected a checkpoint"):
+    with pytest.raises(annotations.InputError, match=r"(?s)evaluate.py ended with code 2 in .*nowhere.*expected a checkpoint"):
         reproduce.command(args, tmp_path / "r", "evaluate.py", "--checkpoint", tmp_path / "nowhere")

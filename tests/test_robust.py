@@ -22,6 +22,8 @@ from conftest import feature_batch
 from test_train import Loader, flags as run_flags
 from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM             # noqa: F401, the same
 
+import annotations
+import checkpoint
 import data
 import train
 from train import vision_language_epoch, vision_only_epoch
@@ -99,8 +101,8 @@ def finish(process) -> int:
 
 def state(out):
     """All that a run leaves: tensors, position, and the log without its seconds."""
-    header, tensors = train.read_checkpoint(out / "checkpoint.safetensors")
-    rows = [{k: v for k, v in row.items() if k != "seconds"} for row in train.read_log(out / "log.jsonl")]
+    header, tensors = checkpoint.read_checkpoint(out / "checkpoint.safetensors")
+    rows = [{k: v for k, v in row.items() if k != "seconds"} for row in checkpoint.read_log(out / "log.jsonl")]
     return tensors, {k: header[k] for k in ("epoch", "windows", "step", "terms")}, rows
 
 
@@ -126,15 +128,15 @@ def wait_for_change(path, process, changes: int):
 def test_ten_kills_change_nothing(flags, whole, tmp_path):
     """SIGKILL at random points: before the first checkpoint, in steps, in the writing of checkpoint and log."""
     rng, out, printed, steps = random.Random(0), tmp_path / "out", tmp_path / "printed", []
-    checkpoint = out / "checkpoint.safetensors"
+    file = out / "checkpoint.safetensors"
     for attempt in range(10):
-        more = ["--resume"] if checkpoint.exists() else []
+        more = ["--resume"] if file.exists() else []
         process = start([*flags, "--out", out, "--save-every", 1, *more], printed)
-        wait_for_change(checkpoint, process, rng.randint(1, 3) if attempt else 0)
+        wait_for_change(file, process, rng.randint(1, 3) if attempt else 0)
         time.sleep(rng.uniform(0, 0.02))
         process.kill()
         assert finish(process) == -signal.SIGKILL, printed.read_text()
-        steps.append(int(train.read_checkpoint(checkpoint)[0]["step"]) if checkpoint.exists() else -1)
+        steps.append(int(checkpoint.read_checkpoint(file)[0]["step"]) if file.exists() else -1)
     assert len(set(steps)) > 5 and any(step % VIDEOS for step in steps[1:]), steps
     assert finish(start([*flags, "--out", out, "--resume"], printed)) == 0, printed.read_text()
     assert_same(out, whole)
@@ -180,8 +182,8 @@ def test_a_signal_outside_of_training_ends_at_once(flags, whole, tmp_path, monke
 
 def test_a_second_signal_is_not_caught():
     before = signal.getsignal(signal.SIGTERM)
-    with train.StopSignals() as signals:
-        with pytest.raises(train.Stopped, match="SIGTERM"):
+    with checkpoint.StopSignals() as signals:
+        with pytest.raises(checkpoint.Stopped, match="SIGTERM"):
             with signals.deferred():
                 os.kill(os.getpid(), signal.SIGTERM)
                 assert signals.received == signal.SIGTERM                        # and the block is finished
@@ -207,30 +209,30 @@ def test_a_full_disk_leaves_the_last_checkpoint(flags, whole, tmp_path):
     said = printed.read_text()
     assert re.search(r"train.py: error: .*checkpoint.safetensors: could not be written: .*File too large", said)
     assert "Traceback" not in said and not list(out.glob("partial-*"))
-    assert train.read_checkpoint(out / "checkpoint.safetensors")[0]["step"] == "6"
+    assert checkpoint.read_checkpoint(out / "checkpoint.safetensors")[0]["step"] == "6"
     assert finish(start([*flags, "--out", out, "--resume"], printed)) == 0, printed.read_text()
     assert_same(out, whole)
 
 
 def test_what_cannot_be_written_whole_is_not_there(tmp_path):
     (tmp_path / "result.json").write_text("old")
-    with pytest.raises(data.InputError, match="result.json: could not be written: .*No space"):
-        with data.written_whole(tmp_path / "result.json") as beside:
+    with pytest.raises(annotations.InputError, match="result.json: could not be written: .*No space"):
+        with checkpoint.written_whole(tmp_path / "result.json") as beside:
             beside.write_text("half")
             raise OSError(28, "No space left on device")
     assert (tmp_path / "result.json").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
-    with pytest.raises(data.InputError, match="/dev/full: could not be written: .*No space"):
-        train.append_row("/dev/full", {"epoch": 1})
+    with pytest.raises(annotations.InputError, match="/dev/full: could not be written: .*No space"):
+        checkpoint.append_row("/dev/full", {"epoch": 1})
 
 
 def test_a_cut_line_of_the_log_and_rows_to_come_again_are_dropped(tmp_path):
     path = tmp_path / "log.jsonl"
     for epoch in (1, 2, 3):
-        train.append_row(path, {"epoch": epoch})
+        checkpoint.append_row(path, {"epoch": epoch})
     with open(path, "a") as file:
         file.write('{"epoch": 4, "lo')
-    assert [row["epoch"] for row in train.read_log(path)] == [1, 2, 3]
-    train.trim_log(path, 2)
+    assert [row["epoch"] for row in checkpoint.read_log(path)] == [1, 2, 3]
+    checkpoint.trim_log(path, 2)
     assert path.read_text() == '{"epoch": 1}\n{"epoch": 2}\n'
 
 
@@ -243,7 +245,7 @@ def test_a_run_killed_in_its_first_epoch_is_not_overwritten(flags, whole, tmp_pa
     assert said in capsys.readouterr().err
     assert (tmp_path / "checkpoint.safetensors").read_bytes() == before
     assert train.main([*flags, "--overwrite"]) == 0
-    assert train.read_checkpoint(tmp_path / "checkpoint.safetensors")[0]["step"] == "0"
+    assert checkpoint.read_checkpoint(tmp_path / "checkpoint.safetensors")[0]["step"] == "0"
 
 
 # ------------------------------------------------------------------------------------------------ non-finite steps
@@ -259,7 +261,7 @@ def batches(*bad, value=math.nan):
 
 def everything(run) -> dict:
     moments = run.optimizer.state
-    return train.model_state(run.model) | {f"ema.{n}": t for n, t in run.ema.items()} | {
+    return checkpoint.model_state(run.model) | {f"ema.{n}": t for n, t in run.ema.items()} | {
         f"{n}.{k}": t for n, p in run.model.named_parameters() for k, t in moments.get(p, {}).items()}
 
 
@@ -296,7 +298,7 @@ def test_without_the_flag_it_stops_and_the_checkpoint_is_clean(make_model, tmp_p
     run.out = tmp_path
     with pytest.raises(train.InputError, match="step 3: .*found loss nan, loss_cls nan.*; videos: v2a, v2b; .*--res"):
         vision_only_epoch(run, batches(2))
-    header, tensors = train.read_checkpoint(tmp_path / "checkpoint.safetensors")
+    header, tensors = checkpoint.read_checkpoint(tmp_path / "checkpoint.safetensors")
     assert all(t.isfinite().all() for t in tensors.values()) and tensors["progress.terms"].shape == (2, 3)
     assert (header["epoch"], header["windows"], header["step"]) == ("0", "3", "3")
     again = train.Run(make_model(), run_flags(), 6)

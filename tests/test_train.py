@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import feature_batch
 
+import checkpoint
 import train
 from advantage import language_advantage
 from head import detection_loss
@@ -189,11 +190,11 @@ def test_checkpoint_holds_what_was_trained_and_loads_with_the_average(tmp_path, 
     vision_only_epoch(run, loader)
     vision_language_epoch(run, loader)
     train.save_checkpoint(tmp_path / "c.safetensors", run)
-    header, tensors = train.read_checkpoint(tmp_path / "c.safetensors")
+    header, tensors = checkpoint.read_checkpoint(tmp_path / "c.safetensors")
     assert not any("base_layer" in n or "embed_tokens" in n or "lm_head" in n for n in tensors)
     model, args = train.load_checkpoint(tmp_path / "c.safetensors")
     assert model.config == run.model.config and args.lr == 1e-2 and list(tmp_path.iterdir()) == [tmp_path / "c.safetensors"]
-    train.use_average(run)
+    checkpoint.use_average(run)
     batch = feature_batch([12, 8])
     for a, b in zip(run.model.eval()(batch).cls_logits, model.eval()(batch).cls_logits):
         assert torch.equal(a, b)

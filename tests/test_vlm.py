@@ -10,7 +10,7 @@ from conftest import CLASSES
 from safetensors.torch import load_file, save_file
 
 import vlm
-from data import InputError
+from annotations import InputError
 from vlm import LanguageModel, instruction, parse_proposals, prefix_lm_mask, proposal_text
 
 

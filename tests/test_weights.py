@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 import weights
-from data import InputError
+from annotations import InputError
 from model import VisionEncoder
 
 V, LAYERS, HEADS, MLP = 128, 2, 2, 512                  # two heads: 128 / 64
