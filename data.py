@@ -107,11 +107,20 @@ class Batch:
     segments: list          # B tensors (N_b, 2), grid units
     labels: list            # B tensors (N_b,), class indices
     windows: list           # the B windows, without their inputs
+    padded: bool = True     # False: `mask` is True everywhere
+    truth: list | None = None    # [(segments, labels)] on the CPU, which `to` leaves there
 
     def to(self, device) -> "Batch":
         """The same batch with its tensors on `device`."""
-        return Batch(self.inputs.to(device, non_blocking=True), self.mask.to(device, non_blocking=True),
-                     [s.to(device) for s in self.segments], [l.to(device) for l in self.labels], self.windows)
+        return Batch(send(self.inputs, device), send(self.mask, device), [send(s, device) for s in self.segments],
+                     [send(l, device) for l in self.labels], self.windows, self.padded,
+                     self.truth or list(zip(self.segments, self.labels)))
+
+
+def send(tensor: torch.Tensor, device) -> torch.Tensor:
+    """The tensor on `device`; from pinned memory, or the copy would wait for all that the GPU has still to do."""
+    pinned = torch.device(device).type == "cuda" and tensor.device.type == "cpu"
+    return (tensor.pin_memory() if pinned else tensor).to(device, non_blocking=True)
 
 
 def collate(windows: list, multiple: int) -> Batch:
@@ -122,7 +131,7 @@ def collate(windows: list, multiple: int) -> Batch:
     inputs = torch.stack([torch.cat([w.inputs, w.inputs.new_zeros(k * (L - w.length), *w.inputs.shape[1:])])
                           for w in windows])
     return Batch(inputs, torch.arange(L)[None] < lengths[:, None], [w.segments for w in windows],
-                 [w.labels for w in windows], [replace(w, inputs=None) for w in windows])
+                 [w.labels for w in windows], [replace(w, inputs=None) for w in windows], int(lengths.min()) < L)
 
 
 class TALDataset(Dataset):

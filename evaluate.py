@@ -325,15 +325,16 @@ def detect(model, dataset, batch_size: int = 1, external_scores: dict | None = N
     device, classes = next(model.parameters()).device, model.config.classes
     found, steps = {v.name: [] for v in dataset.videos}, {"lambda_lang": {}, "advantage": {}}
     loader = DataLoader(dataset, batch_size, num_workers=workers, collate_fn=partial(collate, multiple=model.multiple))
-    for batch in tqdm(loader, desc="detect", leave=False, dynamic_ncols=True, disable=None):
-        output = model(batch.to(device))
-        for b, window in enumerate(batch.windows):
-            external = external_scores and external_scores[window.video.name].to(device)
-            segments, scores, labels = decode(*([level[b] for level in part] for part in output[:2]), output.points,
-                                              [m[b] for m in output.mask], external_scores=external)
-            found[window.video.name].append((segments.cpu() + window.start, scores.cpu(), labels.cpu()))
-            for name in steps if output.advantage is not None else ():
-                put_steps(steps[name], window, getattr(output, name)[b, :window.length].cpu().numpy())
+    with model.cached_prompt():
+        for batch in tqdm(loader, desc="detect", leave=False, dynamic_ncols=True, disable=None):
+            output = model(batch.to(device))
+            for b, window in enumerate(batch.windows):
+                external = external_scores and external_scores[window.video.name].to(device)
+                segments, scores, labels = decode(*([level[b] for level in part] for part in output[:2]), output.points,
+                                                  [m[b] for m in output.mask], external_scores=external)
+                found[window.video.name].append((segments.cpu() + window.start, scores.cpu(), labels.cpu()))
+                for name in steps if output.advantage is not None else ():
+                    put_steps(steps[name], window, getattr(output, name)[b, :window.length].cpu().numpy())
     return Detections(merge_windows(found, dataset, classes, **nms), **steps)
 
 
