@@ -35,6 +35,7 @@ import json
 import math
 import sys
 from collections import Counter
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -325,7 +326,8 @@ def detect(model, dataset, batch_size: int = 1, external_scores: dict | None = N
     device, classes = next(model.parameters()).device, model.config.classes
     found, steps = {v.name: [] for v in dataset.videos}, {"lambda_lang": {}, "advantage": {}}
     loader = DataLoader(dataset, batch_size, num_workers=workers, collate_fn=partial(collate, multiple=model.multiple))
-    with model.cached_prompt():
+    language = getattr(model, "language", None)
+    with language.cached_prompt() if language is not None else nullcontext():
         for batch in tqdm(loader, desc="detect", leave=False, dynamic_ncols=True, disable=None):
             output = model(batch.to(device))
             for b, window in enumerate(batch.windows):

@@ -4,7 +4,6 @@ Dimensions: B batch, L frames (steps) of a window, D feature width (the language
 vision encoder or of the feature files, C classes, S pyramid levels, N tokens.
 """
 import math
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -118,10 +117,6 @@ class ActionVLM(nn.Module):
         for part in (self.vision, self.language):
             if part is not None:
                 part.checkpointing()
-
-    def cached_prompt(self):
-        """See LanguageModel.cached_prompt; does nothing without a language model."""
-        return nullcontext() if self.language is None else self.language.cached_prompt()
 
     @torch.no_grad()
     def calibrate(self, batches) -> None:
