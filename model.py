@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 import weights
 from advantage import AdvantagePredictor, ClassMeanLoss
@@ -117,6 +118,13 @@ class ActionVLM(nn.Module):
         for part in (self.vision, self.language):
             if part is not None:
                 part.checkpointing()
+
+    def compile_layers(self, **options) -> None:
+        """From now on run the layers of encoder and language model as compiled code, of one kind for sequences of any
+        length; to be called after `checkpointing`. options: of torch.compile."""
+        for module in self.modules():
+            if isinstance(module, GradientCheckpointingLayer):
+                module.compile(dynamic=True, **options)
 
     @torch.no_grad()
     def calibrate(self, batches) -> None:

@@ -11,7 +11,7 @@ mask no special token could see a description that follows it. The answer is cau
 """
 import re
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -191,7 +191,7 @@ class LanguageModel(nn.Module):
         if not self.cached:
             cache, prompt = transformers.DynamicCache(), self.embed(self.prompt_ids)[None]        # (1, T, D)
             self.hidden_states(prompt, torch.ones_like(self.prompt_ids[None]), Visibility(True, None, None), cache)
-            self.cached = [(layer.keys, layer.values) for layer in cache.layers]
+            self.cached += [(layer.keys, layer.values) for layer in cache.layers]
         cache = transformers.DynamicCache()
         for layer, (key, value) in enumerate(self.cached):
             cache.update(key.expand(B, -1, -1, -1), value.expand(B, -1, -1, -1), layer)
@@ -243,7 +243,9 @@ class LanguageModel(nn.Module):
         """Last hidden states (B, n, D) of tokens (B, n, D), the last n of the sequence whose real tokens are `valid`
         (B, N). cache: keys and values of what was read before; it is added to."""
         position = (valid.cumsum(1) - 1).clamp(min=0)[:, -tokens.size(1):]
-        with self.autocast(tokens.device):
+        # Compiled layers would be compiled again for every layer's place in the cache.
+        stance = nullcontext() if cache is None else torch.compiler.set_stance("force_eager")
+        with self.autocast(tokens.device), stance:
             return self.lm.get_base_model().model(
                 inputs_embeds=tokens.to(self.lm.dtype), position_ids=position, visibility=visibility,
                 past_key_values=cache, use_cache=cache is not None).last_hidden_state

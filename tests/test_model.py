@@ -99,6 +99,35 @@ def test_detection_loss_reaches_the_predictor_where_it_starts(make_model):
     assert model.predict_advantage.fc.bias.grad.abs() > 0
 
 
+def test_compiled_layers_give_the_same_and_take_answers_of_any_length(make_model):
+    """By the backend that needs no C++ compiler; nothing is compiled after the first step."""
+    plain, compiled, graphs = make_model(layout="text-first"), make_model(layout="text-first"), []
+    torch._dynamo.reset()
+    compiled.compile_layers(backend="eager")
+    for model in (plain, compiled):
+        torch.manual_seed(0)
+        open_language(model)
+        model.checkpointing()
+        model.head.eval()
+    for n in range(1, 5):                                               # actions in each answer
+        batch = feature_batch([12, 8], segments=[torch.tensor([[1.0, 6.0]] * n)] * 2, labels=[torch.ones(n).long()] * 2)
+        losses, gradients = [], []
+        for model in (plain, compiled):
+            model.zero_grad()
+            output = model(batch)
+            losses.append(sum(x.square().sum() for x in output.cls_logits + output.offsets) + output.text_loss)
+            losses[-1].backward()
+            gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+        torch.testing.assert_close(*losses, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(*gradients, atol=1e-4, rtol=1e-4)
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs[0] > 0 and len(set(graphs)) == 1
+    with compiled.language.cached_prompt():
+        compiled.eval()(batch)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs[0]
+    torch._dynamo.reset()
+
+
 class NoWaiting(TorchDispatchMode):
     """Raises at what would let a CPU wait for its GPU: a value read, or a shape that depends on values."""
     aten = torch.ops.aten
