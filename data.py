@@ -85,11 +85,12 @@ class Batch:
     mask: torch.Tensor      # (B, L) bool
     segments: list          # B tensors (N_b, 2), grid units
     labels: list            # B tensors (N_b,), class indices
-    windows: list           # the B windows, without their inputs
+    windows: list           # the B windows, without their inputs; they stay on the CPU
+    padded: bool = True     # False: `mask` is True everywhere
 
     def to(self, device) -> "Batch":
         """The same batch with its tensors on `device`."""
-        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
+        return self.map(partial(send, device=device))
 
     def pin_memory(self) -> "Batch":
         """The same batch in memory that a GPU copies from without waiting; DataLoader calls it."""
@@ -98,7 +99,13 @@ class Batch:
     def map(self, change) -> "Batch":
         """The same batch with `change` done to each tensor."""
         return Batch(change(self.inputs), change(self.mask), [change(s) for s in self.segments],
-                     [change(l) for l in self.labels], self.windows)
+                     [change(l) for l in self.labels], self.windows, self.padded)
+
+
+def send(tensor: torch.Tensor, device) -> torch.Tensor:
+    """The tensor on `device`; from pinned memory, or the copy would wait for all that the GPU has still to do."""
+    pinned = torch.device(device).type == "cuda" and tensor.device.type == "cpu"
+    return (tensor.pin_memory() if pinned else tensor).to(device, non_blocking=True)
 
 
 def collate(windows: list, multiple: int) -> Batch:
@@ -109,7 +116,7 @@ def collate(windows: list, multiple: int) -> Batch:
     inputs = torch.stack([torch.cat([w.inputs, w.inputs.new_zeros(k * (L - w.length), *w.inputs.shape[1:])])
                           for w in windows])
     return Batch(inputs, torch.arange(L)[None] < lengths[:, None], [w.segments for w in windows],
-                 [w.labels for w in windows], [replace(w, inputs=None) for w in windows])
+                 [w.labels for w in windows], [replace(w, inputs=None) for w in windows], int(lengths.min()) < L)
 
 
 class TALDataset(Dataset):

@@ -35,6 +35,7 @@ import json
 import math
 import sys
 from collections import Counter
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -349,15 +350,17 @@ def detect(model, dataset, batch_size: int = 1, external_scores: dict | None = N
     device, classes = next(model.parameters()).device, model.config.classes
     found, steps = {v.name: [] for v in dataset.videos}, {"lambda_lang": {}, "advantage": {}}
     loader = batch_loader(dataset, model.multiple, workers, batch_size=batch_size)
-    for batch in tqdm(loader, desc="detect", leave=False, dynamic_ncols=True, disable=None):
-        output = model(batch.to(device))
-        for b, window in enumerate(batch.windows):
-            external = external_scores and external_scores[window.video.name].to(device)
-            segments, scores, labels = decode(*([level[b] for level in part] for part in output[:2]), output.points,
-                                              [m[b] for m in output.mask], external_scores=external)
-            found[window.video.name].append((segments.cpu() + window.start, scores.cpu(), labels.cpu()))
-            for name in steps if output.advantage is not None else ():
-                put_steps(steps[name], window, getattr(output, name)[b, :window.length].cpu().numpy())
+    language = getattr(model, "language", None)
+    with language.cached_prompt() if language is not None else nullcontext():
+        for batch in tqdm(loader, desc="detect", leave=False, dynamic_ncols=True, disable=None):
+            output = model(batch.to(device))
+            for b, window in enumerate(batch.windows):
+                external = external_scores and external_scores[window.video.name].to(device)
+                segments, scores, labels = decode(*([level[b] for level in part] for part in output[:2]), output.points,
+                                                  [m[b] for m in output.mask], external_scores=external)
+                found[window.video.name].append((segments.cpu() + window.start, scores.cpu(), labels.cpu()))
+                for name in steps if output.advantage is not None else ():
+                    put_steps(steps[name], window, getattr(output, name)[b, :window.length].cpu().numpy())
     return Detections(merge_windows(found, dataset, classes, **nms), **steps)
 
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 import weights
 from advantage import AdvantagePredictor, ClassMeanLoss
@@ -88,7 +89,7 @@ class ActionVLM(nn.Module):
         f_vis = self.normalise(self.project(self.features(batch)))                             # (B, L, D)
         if not use_language or self.language is None:
             return Output(*self.head(f_vis, f_vis, batch.mask), None, None, None)
-        lang = self.language(f_vis, batch.mask, self.answers(batch) if self.training else None)
+        lang = self.language(f_vis, batch.mask, self.answers(batch) if self.training else None, batch.padded)
         advantage = self.predict_advantage(lang.f_adv)                                         # Eq. 2
         lambda_lang = self.weight(advantage, lang.f_adv) * batch.mask                          # Eq. 4
         if not self.config.use_vision:                                                         # Table 2
@@ -118,6 +119,13 @@ class ActionVLM(nn.Module):
             if part is not None:
                 part.checkpointing()
 
+    def compile_layers(self, **options) -> None:
+        """From now on run the layers of encoder and language model as compiled code, of one kind for sequences of any
+        length; to be called after `checkpointing`. options: of torch.compile."""
+        for module in self.modules():
+            if isinstance(module, GradientCheckpointingLayer):
+                module.compile(dynamic=True, **options)
+
     @torch.no_grad()
     def calibrate(self, batches) -> None:
         """Start the projection at zero mean and unit variance of each of its inputs, as seen in a few batches.
@@ -134,10 +142,10 @@ class ActionVLM(nn.Module):
         return F.layer_norm(f, f.shape[-1:])
 
     def answers(self, batch) -> list:
-        """The ground truth of each window as the text T_pred."""
+        """The ground truth of each window as the text T_pred. The windows hold it on the CPU: no GPU is waited for."""
         names = self.config.classes
-        return [proposal_text(s.tolist(), [names[i] for i in l.tolist()])
-                for s, l in zip(batch.segments, batch.labels)]
+        truth = [(w.segments, w.labels) for w in batch.windows] or zip(batch.segments, batch.labels)
+        return [proposal_text(s.tolist(), [names[i] for i in l.tolist()]) for s, l in truth]
 
 
 def language_weight(advantage: torch.Tensor) -> torch.Tensor:
@@ -174,6 +182,8 @@ class VisionEncoder(nn.Module):
             self.videomae = build_videomae(config, pretrained)
             self.clip, self.tubelet = self.videomae.config.num_frames, self.videomae.config.tubelet_size
         self.dim = self.backbone.config.hidden_size
+        for name, values in (("mean", IMAGE_MEAN), ("std", IMAGE_STD)):                  # moved to the device once
+            self.register_buffer(name, torch.tensor(values)[:, None, None], persistent=False)
 
     @property
     def backbone(self) -> nn.Module:
@@ -195,8 +205,7 @@ class VisionEncoder(nn.Module):
         L, k = mask.size(1), frames.size(1) // mask.size(1)                              # k frames a step
         if k * L % self.clip:
             raise ValueError(f"expected a multiple of {self.clip} frames, found {k * L}")
-        mean, std = (frames.new_tensor(m, dtype=torch.float32)[:, None, None] for m in (IMAGE_MEAN, IMAGE_STD))
-        pixels = (frames / 255 - mean) / std
+        pixels = (frames / 255 - self.mean) / self.std
         steps = self.each_frame(pixels) if self.kind == "internvit" else self.each_clip(pixels)
         # Padding takes the last real step, or interpolation would mix it into the last real frame.
         last = ((k * mask.sum(1) - 1) // self.tubelet).clamp(min=0)                          # (B,)

@@ -267,6 +267,8 @@ def build_model(config: Config, args) -> ActionVLM:
         model.language.check_length(args.resize_to or args.window)
     if args.grad_checkpoint == "on":
         model.checkpointing()
+    if args.compile:
+        model.compile_layers()
     return model
 
 
@@ -500,6 +502,8 @@ def build_parser() -> argparse.ArgumentParser:
     group("--device", type=device, default="cuda" if gpu else "cpu", help="cuda or cpu")
     group("--grad-checkpoint", choices=["on", "off"], default="on" if gpu else "off",
           help="compute activations of encoder and language model again in the backward pass: less memory, more time")
+    group("--compile", action="store_true",
+          help="compile the layers of encoder and language model: slow first steps, then faster ones; needs a compiler")
     group("--dry-run", action="store_true", help="load everything, say what was found, run one batch, train nothing")
     return parser
 

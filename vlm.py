@@ -11,6 +11,8 @@ mask no special token could see a description that follows it. The answer is cau
 """
 import re
 import warnings
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +23,7 @@ from einops import rearrange, repeat
 from torch import nn
 
 from annotations import InputError
+from data import send
 
 transformers.logging.disable_progress_bar()
 SPECIAL_TOKENS = ("[cls]", "[loc]", "[adv]")
@@ -81,6 +84,39 @@ def prefix_lm_mask(valid: torch.Tensor, prefix: int) -> torch.Tensor:
     return allowed[:, None]
 
 
+class Visibility(NamedTuple):
+    """Which tokens see which: `prefix_lm_mask` without its N x N entries. P tokens of the prefix, A of the answer."""
+    causal: bool                      # the prefix; False: its tokens see each other in both directions
+    prefix: torch.Tensor | None       # (B, 1, 1, P) bool, False on padding; None where nothing has to be hidden
+    answer: torch.Tensor | None       # (B, 1, A, P + A) bool: what each token of the answer sees; None without one
+
+
+def prefix_attention(module, query, key, value, attention_mask=None, scaling=None, dropout=0.0, visibility=None,
+                     **options):
+    """Attention of one layer in fused kernels, none of which is given an N x N mask.
+
+    query (B, H, n, d), of the last n of N = P + A tokens; key, value (B, H', N, d), H' divides H.
+    Returns (B, n, H, d), and None. transformers calls it; raises InputError where a model asks for something else.
+    """
+    if visibility is None or any(options.get(name) is not None for name in ("softcap", "s_aux", "position_bias")):
+        raise InputError(f"--lm: expected a language model with plain softmax attention, found model_type "
+                         f"{module.config.model_type}")
+    # Repeated, not by enable_gqa: on CUDA that rules out the one fused kernel that takes a mask, or float32.
+    key, value = (repeat(x, "b h n d -> b (h same) n d", same=query.size(1) // x.size(1)) for x in (key, value))
+    A = 0 if visibility.answer is None else visibility.answer.size(2)
+    n, P, parts = query.size(2) - A, key.size(2) - A, []                    # n queries of the prefix, P keys
+    attend = partial(F.scaled_dot_product_attention, dropout_p=dropout, scale=scaling)
+    if n > 0 and visibility.causal:
+        # is_causal aligns the first query with the first key: zeros stand for the queries that a cache spares.
+        first = F.pad(query[:, :, :n], (0, 0, P - n, 0)) if n < P else query[:, :, :n]
+        parts.append(attend(first, key[:, :, :P], value[:, :, :P], is_causal=True)[:, :, P - n:])
+    elif n > 0:
+        parts.append(attend(query[:, :, :n], key[:, :, :P], value[:, :, :P], attn_mask=visibility.prefix))
+    if A:
+        parts.append(attend(query[:, :, n:], key, value, attn_mask=visibility.answer))
+    return torch.cat([part.transpose(1, 2) for part in parts], 1), None
+
+
 class LanguageModel(nn.Module):
     """M_lang: a causal language model of transformers with LoRA (peft), frozen otherwise, and three special tokens.
 
@@ -98,6 +134,7 @@ class LanguageModel(nn.Module):
         from peft import LoraConfig, get_peft_model
         self.layout, self.tokens, self.classes = layout, tokens, list(descriptions)
         base, self.tokenizer = load_language_model(folder, getattr(torch, dtype))
+        use_prefix_attention(base, folder)
         with warnings.catch_warnings():                  # peft asks transformers by an old name
             warnings.simplefilter("ignore", FutureWarning)
             self.lm = get_peft_model(base, LoraConfig(r=lora_rank, lora_alpha=lora_alpha, target_modules="all-linear"))
@@ -105,25 +142,60 @@ class LanguageModel(nn.Module):
         self.dim, self.embedding_scale = table.size(1), float(table.float().std())
         self.special_tokens = nn.Parameter(torch.randn(len(SPECIAL_TOKENS), self.dim) * self.embedding_scale)
         self.register_buffer("prompt_ids", torch.empty(0, dtype=torch.long), persistent=False)
+        self.cached = None                               # see cached_prompt
         self.set_descriptions(descriptions)
 
     def set_descriptions(self, descriptions: dict) -> None:
         """Read other descriptions from now on (unmatched ones measure modality bias, §4.3)."""
         ids = self.tokenizer(instruction(descriptions), add_special_tokens=False).input_ids
         self.prompt_ids = torch.tensor(ids, device=self.prompt_ids.device)
+        self.cached = self.cached and []
 
-    def forward(self, f_vis: torch.Tensor, mask: torch.Tensor, answers: list | None = None) -> LanguageFeatures:
-        """f_vis (B, L, D) vision features of unit scale, mask (B, L) bool, answers: B texts or None."""
-        B, L, D = f_vis.size()
-        answer_ids, answer_valid, targets = self.answer_tokens(answers, B, mask.device)
+    def forward(self, f_vis: torch.Tensor, mask: torch.Tensor, answers: list | None = None,
+                padded: bool = True) -> LanguageFeatures:
+        """f_vis (B, L, D) vision features of unit scale, mask (B, L) bool, answers: B texts or None.
+
+        padded: False promises a mask without False, which saves the attention from looking at it.
+        """
+        B, L, _ = f_vis.size()
+        answer_ids, answer_valid, *target = self.answer_tokens(answers, B, mask.device)
         tokens, valid = self.sequence(f_vis, mask, answer_ids, answer_valid)        # (B, N, D), (B, N)
-        hidden = self.hidden_states(tokens, valid, self.attention(valid, L))
-        prefix = self.sequence_length(L)
-        begin = len(self.prompt_ids) if self.layout == "text-first" else 0
+        cache, A = self.prompt_cache(B), answer_ids.size(1)
+        if cache is not None:
+            tokens = tokens[:, len(self.prompt_ids):]
+        hidden = self.hidden_states(tokens, valid, self.visibility(valid, A, padded), cache)
+        answer = hidden.size(1) - A                                                 # where it begins
+        begin = answer - 4 * L if self.layout == "text-first" else 0
         v, cls, loc, adv = rearrange(hidden[:, begin:begin + 4 * L].float(), "b (l four) d -> four b l d", four=4)
         features = {"special": (cls, loc, adv), "shared": (cls, cls, cls), "vision": (v, v, v)}[self.tokens]
-        text_loss = None if answers is None else self.text_loss(hidden[:, prefix:], targets)
+        text_loss = None if answers is None else self.text_loss(hidden[:, answer:], *target)
         return LanguageFeatures(*features, text_loss)
+
+    @contextmanager
+    def cached_prompt(self):
+        """Within: no gradients, and in eval mode the keys and values of a prompt that comes first are computed once.
+
+        Weights must not change inside. Does nothing for frames-first, where the prompt sees the frames.
+        """
+        self.cached = [] if self.layout == "text-first" else None
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.cached = None
+
+    def prompt_cache(self, B: int):
+        """What B windows go on from inside `cached_prompt`: a cache of their own that holds the prompt. Or None."""
+        if self.cached is None or self.training:
+            return None
+        if not self.cached:
+            cache, prompt = transformers.DynamicCache(), self.embed(self.prompt_ids)[None]        # (1, T, D)
+            self.hidden_states(prompt, torch.ones_like(self.prompt_ids[None]), Visibility(True, None, None), cache)
+            self.cached += [(layer.keys, layer.values) for layer in cache.layers]
+        cache = transformers.DynamicCache()
+        for layer, (key, value) in enumerate(self.cached):
+            cache.update(key.expand(B, -1, -1, -1), value.expand(B, -1, -1, -1), layer)
+        return cache
 
     @torch.no_grad()
     def generate(self, f_vis: torch.Tensor, mask: torch.Tensor, max_new_tokens: int = 256) -> list[str]:
@@ -134,17 +206,17 @@ class LanguageModel(nn.Module):
         lead = torch.tensor(self.tokenizer(ANSWER, add_special_tokens=False).input_ids, device=mask.device)
         lead, eos = repeat(lead, "a -> b a", b=len(mask)), self.tokenizer.eos_token_id
         tokens, valid = self.sequence(f_vis, mask, lead, torch.ones_like(lead, dtype=torch.bool))
-        attention, cache, written = self.attention(valid, mask.size(1)), transformers.DynamicCache(), []
+        visibility, cache, written = self.visibility(valid, lead.size(1)), transformers.DynamicCache(), []
         ended = torch.zeros_like(mask[:, 0])                                        # (B,)
         while len(written) < max_new_tokens and not ended.all():
-            hidden = self.hidden_states(tokens, valid, attention, cache)[:, -1]     # (B, D)
+            hidden = self.hidden_states(tokens, valid, visibility, cache)[:, -1]    # (B, D)
             with self.autocast(mask.device):
                 token = self.lm.get_base_model().lm_head(hidden).argmax(-1)         # (B,)
             written.append(token.masked_fill(ended, eos))
             ended = ended | (token == eos)
             # The next step reads this token alone; everything before it is in the cache.
             tokens, valid = self.embed(written[-1][:, None]), F.pad(valid, (0, 1), value=True)
-            attention = valid[:, None, None]
+            visibility = visibility._replace(answer=valid[:, None, None])
         rows = [row[:row.index(eos)] if eos in row else row for row in torch.stack(written, 1).tolist()]
         texts = self.tokenizer.batch_decode(rows, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return [text if end else text + CUT for text, end in zip(texts, ended.tolist())]
@@ -158,17 +230,24 @@ class LanguageModel(nn.Module):
         tokens, valid = zip(*first, (self.embed(answer_ids), answer_valid))
         return torch.cat(tokens, 1), torch.cat(valid, 1)
 
-    def attention(self, valid, L: int):
-        """The mask of the layout for whole sequences with L frames: valid (B, N) -> (B, 1, N, N)."""
-        return prefix_lm_mask(valid, self.sequence_length(L) if self.layout == "frames-first" else 0)
+    def visibility(self, valid, A: int, padded: bool = True) -> Visibility:
+        """Of the layout, for sequences (B, N) that end with A tokens of an answer. Text-first needs no mask for padded
+        frames: they come last in the prefix, where no real token of it sees them."""
+        causal, P = self.layout == "text-first", valid.size(1) - A
+        own = prefix_lm_mask(valid[:, P:], 0)                                       # (B, 1, A, A)
+        before = valid[:, None, None, :P]                                           # (B, 1, 1, P)
+        return Visibility(causal, before if padded and not causal else None,
+                          torch.cat([before.expand(-1, -1, A, -1), own], 3) if A else None)
 
-    def hidden_states(self, tokens, valid, attention, cache=None):
+    def hidden_states(self, tokens, valid, visibility, cache=None):
         """Last hidden states (B, n, D) of tokens (B, n, D), the last n of the sequence whose real tokens are `valid`
-        (B, N). attention: (B, 1, n, N) bool. cache: keys and values of what was read before; it is added to."""
+        (B, N). cache: keys and values of what was read before; it is added to."""
         position = (valid.cumsum(1) - 1).clamp(min=0)[:, -tokens.size(1):]
-        with self.autocast(tokens.device):
+        # Compiled layers would be compiled again for every layer's place in the cache.
+        stance = nullcontext() if cache is None else torch.compiler.set_stance("force_eager")
+        with self.autocast(tokens.device), stance:
             return self.lm.get_base_model().model(
-                inputs_embeds=tokens.to(self.lm.dtype), attention_mask=attention, position_ids=position,
+                inputs_embeds=tokens.to(self.lm.dtype), position_ids=position, visibility=visibility,
                 past_key_values=cache, use_cache=cache is not None).last_hidden_state
 
     def autocast(self, device):
@@ -200,38 +279,49 @@ class LanguageModel(nn.Module):
         return rearrange(tokens, "b l four d -> b (l four) d"), repeat(mask, "b l -> b (l four)", four=4)
 
     def answer_tokens(self, answers, B, device):
-        """Token ids (B, A) of the answers, padded; which are real; and next-token targets (-100: no loss)."""
+        """Token ids (B, A) of the answers, padded; which are real (B, A); which of the B A have a next token that
+        counts (n,), and that token (n,). All are found on the CPU, so that no GPU is waited for."""
         if answers is None:
             empty = torch.zeros(B, 0, dtype=torch.long, device=device)
-            return empty, empty.bool(), empty
+            return empty, empty.bool()
         lead = self.tokenizer(ANSWER, add_special_tokens=False).input_ids
         rows = [self.tokenizer(text, add_special_tokens=False).input_ids + [self.tokenizer.eos_token_id]
                 for text in answers]
-        A = len(lead) + max(map(len, rows))
-        ids, targets = torch.zeros(B, A, dtype=torch.long), torch.full((B, A), -100)
-        valid = torch.zeros(B, A, dtype=torch.bool)
+        A, here, targets = len(lead) + max(map(len, rows)), [], []
+        ids, valid = torch.zeros(B, A, dtype=torch.long), torch.zeros(B, A, dtype=torch.bool)
         for b, row in enumerate(rows):
             n = len(lead) + len(row)
             ids[b, :n], valid[b, :n] = torch.tensor(lead + row), True
-            targets[b, len(lead) - 1:n - 1] = torch.tensor(row)
-        return ids.to(device), valid.to(device), targets.to(device)
+            here += range(b * A + len(lead) - 1, b * A + n - 1)
+            targets += row
+        return [send(t, device) for t in (ids, valid, torch.tensor(here), torch.tensor(targets))]
 
-    def text_loss(self, hidden, targets):
-        """Eq. 8: cross-entropy of the answer; logits only where there is a target. hidden (B, A, D), targets (B, A)."""
-        here = targets != -100
+    def text_loss(self, hidden, here, targets):
+        """Eq. 8: cross-entropy of the answer; logits only where there is a target. hidden (B, A, D); see
+        answer_tokens."""
         with self.autocast(hidden.device):
-            logits = self.lm.get_base_model().lm_head(hidden[here])                 # (answer tokens, vocabulary)
-        return F.cross_entropy(logits.float(), targets[here])                       # Eq. 8
+            logits = self.lm.get_base_model().lm_head(hidden.flatten(0, 1).index_select(0, here))    # (n, vocabulary)
+        return F.cross_entropy(logits.float(), targets)                             # Eq. 8
 
     def probability_of_yes(self, f_adv: torch.Tensor) -> torch.Tensor:
         """(B, L, D) -> (B, L): what the output layer gives "yes" against "no" at [adv] (Table 4, generated lambda)."""
         yes, no = (self.tokenizer(f" {word}", add_special_tokens=False).input_ids[-1] for word in ("yes", "no"))
-        logits = F.linear(f_adv, self.lm.get_base_model().lm_head.weight[[yes, no]].float())    # (B, L, 2)
-        return torch.sigmoid(logits[..., 0] - logits[..., 1])
+        weight = self.lm.get_base_model().lm_head.weight
+        return torch.sigmoid(f_adv @ (weight[yes].float() - weight[no].float()))
 
     def embed(self, ids):
         """Token ids -> frozen embeddings."""
         return self.lm.get_input_embeddings()(ids)
+
+
+def use_prefix_attention(model, folder) -> None:
+    """Let all layers attend by `prefix_attention`. Raises InputError where the architecture does not allow it."""
+    if not getattr(model, "_supports_attention_backend", False):
+        raise InputError(f"--lm {folder}: expected an architecture whose attention can be exchanged (Qwen2, Qwen3, "
+                         f"Llama, Mistral and most newer ones of transformers), found model_type "
+                         f"{model.config.model_type}")
+    transformers.AttentionInterface.register("prefix", prefix_attention)
+    model.set_attn_implementation("prefix")
 
 
 def enable_checkpointing(model) -> None:
@@ -271,8 +361,7 @@ def load_language_model(folder, dtype: torch.dtype):
     transformers.logging.set_verbosity_error()           # it would list the tensors of InternVL's vision encoder
     try:
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, config=config, dtype=dtype, attn_implementation="sdpa", key_mapping=inner, output_loading_info=True,
-            trust_remote_code=False)
+            folder, config=config, dtype=dtype, key_mapping=inner, output_loading_info=True, trust_remote_code=False)
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:                           # a damaged folder can fail in any way
         raise InputError(f"--lm {folder}: expected weights and tokenizer of a {config.model_type} language model, "

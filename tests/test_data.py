@@ -82,6 +82,7 @@ def test_collate_pads_to_the_multiple_and_masks():
     batch = collate(windows, multiple=4)
     assert batch.inputs.shape == (2, 12, 2) and batch.mask.sum(1).tolist() == [3, 9]
     assert batch.inputs[0, 3:].abs().sum() == 0 and batch.windows[1].length == 9 and batch.windows[1].inputs is None
+    assert [collate(windows[i:], m).padded for i, m in ((0, 4), (1, 4), (0, 3), (1, 3))] == [True, True, True, False]
 
 
 def feature_dataset(tmp_path, T=40, training=True, **kwargs):

@@ -420,6 +420,23 @@ def test_answers_become_detections_in_seconds(tmp_path):
 
 
 # ------------------------------------------------------------------------------------- Table 3
+def test_detect_reads_a_prompt_that_comes_first_once(tmp_path, make_model, monkeypatch):
+    np.save(tmp_path / "v.npy", np.random.default_rng(0).normal(size=(20, 8)).astype(np.float32))
+    test = TALDataset([Video("v", 20.0, 1.0, path=tmp_path / "v.npy")], ["Jump", "Run", "Throw"], window=8)
+    model = make_model(layout="text-first", lambda_lang=0.5)
+    original, read = model.language.hidden_states, []
+    monkeypatch.setattr(model.language, "hidden_states",
+                        lambda tokens, *more: read.append(tokens.shape[:2]) or original(tokens, *more))
+    once = evaluate.detect(model, test, batch_size=3).predictions["v"]
+    T = len(model.language.prompt_ids)
+    assert len(test) == 4 and read == [(1, T), (3, 32), (1, 32)] and model.language.cached is None
+    monkeypatch.setattr(model.language, "prompt_cache", lambda B: None)
+    again = evaluate.detect(model, test, batch_size=3).predictions["v"]
+    assert read[3:] == [(3, T + 32), (1, T + 32)] and once["labels"] == again["labels"]
+    assert_close(once["segments"], again["segments"], 1e-4)
+    assert_close(once["scores"], again["scores"], 1e-5)
+
+
 def groups_flags(*words, easy=0.85, hard=0.5):
     return SimpleNamespace(groups=list(words), easy=easy, hard=hard)
 

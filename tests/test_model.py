@@ -1,8 +1,14 @@
 """Eq. 4, 5 and the whole model: weights, aggregation, gradients, padding, the vision encoder."""
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import feature_batch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from advantage import advantage_loss, frame_classes, language_advantage
+from data import Window
+from head import detection_loss
 from model import TINY_VISION, VisionEncoder, aggregate, language_weight
 
 
@@ -94,6 +100,86 @@ def test_detection_loss_reaches_the_predictor_where_it_starts(make_model):
     output = model(feature_batch([12]))
     sum(x.square().sum() for x in output.cls_logits).backward()
     assert model.predict_advantage.fc.bias.grad.abs() > 0
+
+
+def test_compiled_layers_give_the_same_and_take_answers_of_any_length(make_model):
+    """By the backend that needs no C++ compiler; nothing is compiled after the first step."""
+    plain, compiled, graphs = make_model(layout="text-first"), make_model(layout="text-first"), []
+    torch._dynamo.reset()
+    compiled.compile_layers(backend="eager")
+    for model in (plain, compiled):
+        torch.manual_seed(0)
+        open_language(model)
+        model.checkpointing()
+        model.head.eval()
+    for n in range(1, 5):                                               # actions in each answer
+        batch = feature_batch([12, 8], segments=[torch.tensor([[1.0, 6.0]] * n)] * 2, labels=[torch.ones(n).long()] * 2)
+        losses, gradients = [], []
+        for model in (plain, compiled):
+            model.zero_grad()
+            output = model(batch)
+            losses.append(sum(x.square().sum() for x in output.cls_logits + output.offsets) + output.text_loss)
+            losses[-1].backward()
+            gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+        torch.testing.assert_close(*losses, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(*gradients, atol=1e-4, rtol=1e-4)
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs[0] > 0 and len(set(graphs)) == 1
+    with compiled.language.cached_prompt():
+        compiled.eval()(batch)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs[0]
+    torch._dynamo.reset()
+
+
+class NoWaiting(TorchDispatchMode):
+    """Raises at what would let a CPU wait for its GPU: a value read, or a shape that depends on values."""
+    aten = torch.ops.aten
+    waits = {aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten.is_nonzero, aten.equal, aten._unique2}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        boolean = function.overloadpacket in (self.aten.index, self.aten.index_put, self.aten.index_put_) and any(
+            index is not None and index.dtype == torch.bool for index in args[1])
+        if boolean or function.overloadpacket in self.waits:
+            pytest.fail(f"{function} would wait for a GPU")
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("changes", [{}, {"layout": "text-first"}, {"lambda_lang": "generated"}, {"use_vision": False},
+                                     {"feature_dim": 0, "vision": TINY_VISION}])
+def test_no_step_waits_for_a_gpu(make_model, changes):
+    """Model, losses and backward of both kinds of epoch; the frames of one clip are padding."""
+    model = make_model(**changes)
+    model.checkpointing()
+    batch = feature_batch([16, 12], L=16, segments=[torch.tensor([[1.0, 6.0]]), torch.zeros(0, 2)],
+                          labels=[torch.tensor([1]), torch.zeros(0, dtype=torch.long)])
+    if model.vision is not None:
+        batch.inputs = torch.zeros(2, 16, 3, 32, 32, dtype=torch.uint8)
+    with NoWaiting():
+        for use_language in (False, True):
+            output = model(batch, use_language)
+            dh = detection_loss(output, batch.segments, batch.labels, model.head.loss_normalizer)
+            frame_class = frame_classes(batch.segments, batch.labels, 16, 3)
+            loss = dh.loss_dh
+            if use_language:
+                target = language_advantage(model.class_mean.mean(), dh.frame_loss, frame_class)
+                loss = loss + output.text_loss + advantage_loss(output.advantage, target, batch.mask)
+            else:
+                model.class_mean.update(dh.frame_loss, frame_class, batch.mask)
+            loss.backward()
+
+
+def test_answers_are_written_from_what_stayed_on_the_cpu(make_model):
+    model, batch = make_model(), feature_batch([8])
+    window = Window(None, 0, 8, None, batch.segments[0], batch.labels[0])
+    moved = replace(batch, windows=[window]).to("meta")             # nothing can be read from there
+    assert moved.segments[0].is_meta and model.answers(moved) == model.answers(batch) == ["Run: 1-6."]
+
+
+def test_no_waiting_notices():
+    x = torch.ones(3)
+    for wait in (lambda: x.sum().item(), lambda: x[x > 0], lambda: bool(x.any()), lambda: x.nonzero()):
+        with pytest.raises(pytest.fail.Exception), NoWaiting():
+            wait()
 
 
 def test_calibrate_gives_the_projection_zero_mean_and_the_scale_of_a_linear_layer(make_model):

@@ -10,6 +10,7 @@ import checkpoint
 import train
 from advantage import language_advantage
 from head import detection_loss
+from model import TINY_VISION
 from train import Run, lr_factor, vision_language_epoch, vision_only_epoch
 
 
@@ -93,6 +94,26 @@ def test_eq9_is_the_weighted_sum(make_run, loader):
     terms = vision_language_epoch(run, loader)
     expected = terms["loss_cls"] + 0.5 * terms["loss_loc"] + 0.3 * terms["loss_tg"] + 0.7 * terms["loss_adv"]
     assert terms["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_bfloat16_follows_the_losses_of_float32(make_run):
+    """Ten steps of Algorithm 1 from frames, every loss within 3 %."""
+    curves = {}
+    for dtype in ("float32", "bfloat16"):
+        run, losses = make_run("--warmup-epochs", "0", "--lr", "3e-3", "--lr-lm", "3e-3", feature_dim=0, vision=TINY_VISION,
+                               dtype=dtype), []
+        step = run.step
+        run.step = lambda loss, **terms: (losses.append(loss.item()), step(loss, **terms))
+        loader = Loader([feature_batch([16, 12], L=16), feature_batch([16, 16])])
+        for i, batch in enumerate(loader):
+            batch.inputs = torch.randint(0, 256, (2, 16, 3, 32, 32), generator=torch.Generator().manual_seed(i)).byte()
+        torch.manual_seed(0)
+        for epoch in range(5):
+            (vision_only_epoch, vision_language_epoch)[epoch % 2](run, loader)
+        curves[dtype] = torch.tensor(losses)
+    assert len(curves["float32"]) == 10 and not torch.equal(*curves.values())
+    assert (curves["float32"][6:8] < 0.99 * curves["float32"][2:4]).all()           # there is something to follow
+    torch.testing.assert_close(curves["bfloat16"], curves["float32"], atol=0, rtol=0.03)
 
 
 def test_eq9_target_advantage_has_no_gradient_but_lambda_has(make_run):

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from conftest import CLASSES
 from safetensors.torch import load_file, save_file
+from transformers import BloomConfig, BloomForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import vlm
 from annotations import InputError
@@ -90,7 +91,8 @@ def test_language_features_depend_on_the_descriptions(lm_folder, layout):
 
 def test_under_a_causal_mask_frames_first_cannot_see_the_descriptions(lm_folder, monkeypatch):
     model, (f, mask) = make(lm_folder), inputs()
-    monkeypatch.setattr(vlm, "prefix_lm_mask", lambda valid, prefix: prefix_lm_mask(valid, 0))
+    original = model.visibility
+    monkeypatch.setattr(model, "visibility", lambda *args: original(*args)._replace(causal=True))
     before = model(f, mask)
     model.set_descriptions(dict(zip(CLASSES, reversed(CLASSES.values()))))
     after = model(f, mask)
@@ -118,6 +120,136 @@ def test_single_equals_batched_under_padding(lm_folder, layout):
         torch.testing.assert_close(a[:1, :5], b[:, :5], atol=1e-5, rtol=1e-5)
 
 
+def llama_folder(lm_folder, folder):
+    """A tiny Llama with the tokenizer of the tiny Qwen2."""
+    shutil.copytree(lm_folder, folder)
+    sizes = json.loads((folder / "config.json").read_text())
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**{k: sizes[k] for k in (
+        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "eos_token_id",
+        "num_key_value_heads", "max_position_embeddings")}, initializer_range=0.2)).save_pretrained(folder)
+    return folder
+
+
+def dense_hidden_states(model, layout, L):
+    """In place of `hidden_states`: transformers' own attention with a mask of N x N."""
+    def hidden_states(tokens, valid, visibility, cache):
+        base = model.lm.get_base_model()
+        base.set_attn_implementation("eager")
+        mask = prefix_lm_mask(valid, model.sequence_length(L) if layout == "frames-first" else 0)
+        position = (valid.cumsum(1) - 1).clamp(min=0)
+        hidden = base.model(inputs_embeds=tokens, position_ids=position, use_cache=False,
+                            attention_mask=torch.zeros(mask.shape).masked_fill(~mask, -1e9)).last_hidden_state
+        base.set_attn_implementation("prefix")
+        return hidden
+    return hidden_states
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "llama"])
+@pytest.mark.parametrize("lengths, answers", [((8, 8), None), ((8, 5), None), ((8, 8), ["Jump: 1-4.", "No action."]),
+                                              ((8, 5), ["Jump: 1-4, Run: 2-3.", "No action."])])
+@pytest.mark.parametrize("layout", ["frames-first", "text-first"])
+def test_attention_in_parts_is_attention_with_a_dense_mask(lm_folder, tmp_path, monkeypatch, layout, lengths, answers,
+                                                           architecture):
+    """Features, loss and gradients; in parts with activation checkpointing, which calls the layers again."""
+    folder = lm_folder if architecture == "qwen2" else llama_folder(lm_folder, tmp_path / "llama")
+    results = []
+    for dense in (True, False):
+        model, (f, mask) = make(folder, layout=layout).train(), inputs(lengths)
+        if dense:
+            monkeypatch.setattr(model, "hidden_states", dense_hidden_states(model, layout, 8))
+        else:
+            model.checkpointing()
+        out = model(f.requires_grad_(), mask, answers, padded=min(lengths) < 8)
+        loss = (torch.cat(out[:3], -1)[mask] ** 2).mean() + (out.text_loss if answers else 0)
+        loss.backward()
+        trained = [p.grad for p in model.parameters() if p.requires_grad]
+        results.append([x[mask] for x in out[:3]] + [loss, f.grad[mask]] + [g for g in trained if g is not None])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("layout", ["frames-first", "text-first"])
+def test_no_mask_has_as_many_rows_as_the_sequence(lm_folder, monkeypatch, layout):
+    model, original, seen = make(lm_folder, layout=layout), F.scaled_dot_product_attention, []
+
+    def record(query, key, value, attn_mask=None, is_causal=False, **options):
+        seen.append((tuple(query.shape), None if attn_mask is None else tuple(attn_mask.shape), is_causal))
+        return original(query, key, value, attn_mask=attn_mask, is_causal=is_causal, **options)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", record)
+    f, mask = inputs((8, 5))
+    model(f, mask, ["Jump: 1-4.", "No action."])
+    A, P = seen[1][0][2], model.sequence_length(8)
+    row = None if layout == "text-first" else (2, 1, 1, P)
+    assert seen == [((2, 4, P, 8), row, layout == "text-first"), ((2, 4, A, 8), (2, 1, A, P + A), False)] * 2
+    seen.clear()
+    model(f, torch.ones_like(mask), padded=False)
+    assert seen == [((2, 4, P, 8), None, layout == "text-first")] * 2
+
+
+@pytest.mark.parametrize("layout", ["frames-first", "text-first"])
+def test_padded_frames_stay_finite(lm_folder, layout):
+    for dtype in ("float32", "bfloat16"):
+        out = make(lm_folder, layout=layout, dtype=dtype)(*inputs((8, 1)))
+        assert all(x.isfinite().all() for x in out[:3])
+
+
+def test_an_architecture_with_an_attention_of_its_own_is_an_error(lm_folder, tmp_path):
+    shutil.copytree(lm_folder, tmp_path / "lm")
+    BloomForCausalLM(BloomConfig(vocab_size=300, hidden_size=16, n_layer=1, n_head=2)).save_pretrained(tmp_path / "lm")
+    with pytest.raises(InputError, match="--lm .*lm: .*found model_type bloom"):
+        make(tmp_path / "lm")
+    model = make(lm_folder)
+    with pytest.raises(InputError, match="--lm: .*found model_type qwen2"):                # keywords not handed on
+        model.lm.get_base_model().model(inputs_embeds=torch.zeros(1, 3, 32))
+
+
+@pytest.mark.parametrize("lengths", [(8,), (8, 5), (5, 8, 1)])
+def test_cached_prompt_gives_the_same_features(lm_folder, lengths):
+    model, (f, mask) = make(lm_folder, layout="text-first"), inputs(lengths)
+    plain = model(f, mask)
+    with model.cached_prompt():
+        for _ in range(2):
+            cached = model(f, mask)
+            assert {key.size(2) for pair in model.cached for key in pair} == {len(model.prompt_ids)}   # has not grown
+        one = model(f[:1], mask[:1])
+    for a, b, c in zip(plain[:3], cached[:3], one[:3]):
+        torch.testing.assert_close(a[mask], b[mask], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(a[:1][mask[:1]], c[mask[:1]], atol=1e-5, rtol=1e-5)
+
+
+def test_cached_prompt_computes_frames_alone_and_no_gradients(lm_folder, monkeypatch):
+    model, (f, mask) = make(lm_folder, layout="text-first"), inputs()
+    read, original = [], model.hidden_states
+    monkeypatch.setattr(model, "hidden_states", lambda tokens, *rest: read.append(tokens.size(1)) or original(tokens, *rest))
+    with model.cached_prompt():
+        assert not model(f, mask).f_adv.requires_grad
+        model(f, mask)
+        model.set_descriptions(dict(zip(CLASSES, reversed(CLASSES.values()))))             # drops it
+        changed = model(f, mask)
+        model.train()(f, mask)                                                             # reads it all
+    T = len(model.prompt_ids)
+    assert read == [T, 32, 32, T, 32, T + 32]
+    torch.testing.assert_close(changed.f_adv, model.eval()(f, mask).f_adv, atol=1e-5, rtol=1e-5)
+
+
+def test_cached_prompt_is_dropped_at_the_end_and_absent_from_frames_first(lm_folder):
+    f, mask = inputs()
+    for layout in ("text-first", "frames-first"):
+        model = make(lm_folder, layout=layout)
+        with model.cached_prompt():
+            model(f, mask)
+            assert bool(model.cached) == (layout == "text-first")
+        assert model.cached is None
+        model.special_tokens.data += 1.0
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.data += 0.1
+        plain = model(f, mask).f_adv
+        with model.cached_prompt():
+            torch.testing.assert_close(model(f, mask).f_adv, plain, atol=1e-5, rtol=1e-5)
+
+
 def test_the_three_special_tokens_give_three_features_of_the_right_shape(lm_folder):
     out = make(lm_folder)(*inputs((5, 8)))
     assert all(x.shape == (2, 8, 32) for x in out[:3])
@@ -136,7 +268,9 @@ def test_eq8_text_loss_is_the_cross_entropy_of_the_answer_tokens(lm_folder, layo
     tokens = torch.cat([*first, model.embed(torch.cat([tokenize(vlm.ANSWER), answer_ids]))[None]], 1)
     N, prefix = tokens.size(1), frames.size(1) + prompt.size(1)
     seen = prefix_lm_mask(torch.ones(1, N, dtype=torch.bool), prefix if layout == "frames-first" else 0)
+    model.lm.get_base_model().set_attn_implementation("sdpa")
     logits = model.lm(inputs_embeds=tokens, attention_mask=seen).logits[0]
+    model.lm.get_base_model().set_attn_implementation("prefix")
     expected = F.cross_entropy(logits[N - len(answer_ids) - 1:N - 1], answer_ids)
     torch.testing.assert_close(model(f, mask, [answer]).text_loss, expected, atol=1e-5, rtol=1e-5)
 
@@ -306,6 +440,6 @@ def test_generate_is_the_argmax_of_the_teacher_forced_logits(lm_folder, layout, 
     answer = torch.tensor([lead + row for row in ids])
     tokens, valid = model.sequence(f_vis, mask, answer, torch.ones_like(answer, dtype=torch.bool))
     with torch.no_grad():
-        hidden = model.hidden_states(tokens, valid, model.attention(valid, 8))
+        hidden = model.hidden_states(tokens, valid, model.visibility(valid, answer.size(1)))
         logits = model.lm.get_base_model().lm_head(hidden[:, -13:-1])
     assert logits.argmax(-1).tolist() == ids
