@@ -211,7 +211,9 @@ class VisionEncoder(nn.Module):
         last = ((k * mask.sum(1) - 1) // self.tubelet).clamp(min=0)                          # (B,)
         index = torch.arange(steps.size(1), device=steps.device)[None].minimum(last[:, None])
         steps = steps.gather(1, index[..., None].expand_as(steps))                       # (B, L/tubelet, V)
-        return rearrange(F.interpolate(rearrange(steps, "b t v -> b v t"), L, mode="linear"), "b v l -> b l v")
+        # As a product, because the gradient of `interpolate` itself is not deterministic on a GPU.
+        linear = F.interpolate(torch.eye(steps.size(1), device=steps.device)[None], L, mode="linear")[0]
+        return torch.einsum("btv,tl->blv", steps, linear.to(steps.dtype))
 
     def each_clip(self, pixels: torch.Tensor) -> torch.Tensor:
         """VideoMAE: (B, L, 3, H, W) -> (B, L/tubelet, V)."""

@@ -227,6 +227,9 @@ def main(argv=None) -> int:
         return stopped.code
     except (InputError, OSError, SafetensorError) as error:
         print(f"train.py: error: {error}", file=sys.stderr)
+    except torch.OutOfMemoryError as error:
+        print(f"train.py: error: the memory of the GPU is full; lower --batch-size (raise --accumulate by as much), or "
+              f"--window, with --grad-checkpoint on and --dtype bfloat16: {error}", file=sys.stderr)
     except RuntimeError as error:
         if "does not have a deterministic implementation" not in str(error):
             raise

@@ -730,3 +730,17 @@ def test_flags_of_reproduce_and_benchmark(fails, tmp_path):
     fails(benchmark.main, [], "what")
     fails(benchmark.main, ["full-size", "--device", "abacus"], "--device")
     fails(benchmark.main, ["detector", "--only", "abacus"], "--only abacus")
+
+
+def test_a_gpu_without_room_says_what_to_lower(fails, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    monkeypatch.setattr(train, "run_all", full)
+    fails(train.main, [], "--batch-size", "--grad-checkpoint on", "2.00 GiB")
+
+
+def test_deterministic_names_what_is_not(fails, monkeypatch):
+    def refused(*_):
+        raise RuntimeError("some_backward_cuda does not have a deterministic implementation")
+    monkeypatch.setattr(train, "run_all", refused)
+    fails(train.main, ["--deterministic"], "--deterministic", "some_backward_cuda")
