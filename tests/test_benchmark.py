@@ -82,6 +82,39 @@ def test_full_size_prints_a_row_for_every_model_with_all_its_figures(capsys, mon
     assert all(len(row) == 9 and all(cell.strip() for cell in row) for row in rows)
 
 
+def test_full_size_takes_the_rows_asked_for_and_says_what_does_not_fit(capsys, monkeypatch):
+    def row(vision, qwen, *rest):
+        if qwen == "3B":
+            raise torch.cuda.OutOfMemoryError("no memory")
+        return "fits |"
+    monkeypatch.setattr(benchmark, "full_size_row", row)
+    assert benchmark.main(["full-size", "--device", "cpu", "--only", "s-"]) == 0
+    out = capsys.readouterr().out
+    assert "| ActionVLM-S-1.5B, reduced | fits |" in out and "| ActionVLM-S-3B, reduced | does not fit in 24 GiB |" in out
+    assert "ActionVLM-B" not in out and benchmark.main(["full-size", "--only", "nothing"]) == 2
+
+
+def test_table6_has_a_row_for_every_way_and_names_the_kernels(capsys, monkeypatch):
+    original = benchmark.random_run
+    monkeypatch.setattr(benchmark, "random_run", lambda *args, **kwargs: original(*args, **(kwargs | {"L": 32})))
+    monkeypatch.setattr(benchmark, "REPEATS", 1)
+    assert benchmark.main(["efficiency", "--device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines()
+            if re.match(r"\| (full|vision)", line)]
+    assert [row[0] for row in rows] == ["vision only", "full, frames-first", "full, text-first",
+                                        "full, text-first, cached prompt"]
+    assert all(len(row) == 8 and all(row) for row in rows) and rows[0][3] == rows[0][5] == "1.00"
+    flops = [float(row[7].split(" / ")[-1]) for row in rows]
+    assert flops[0] < flops[3] < 0.5 * flops[1] and flops[1] == flops[2]         # here the prompt is most of the sequence
+    assert out.count(": aten::_scaled_dot_product_flash_attention_for_cpu") == 4 and "1.22 at inference" in out
+
+
+def test_peak_memory_sees_what_a_call_takes():
+    small, large = (benchmark.peak_memory(lambda: torch.ones(n), "cpu") for n in (1, 2**26))           # 256 MiB
+    assert small == large == "-" or float(large.split()[0]) > float(small.split()[0]) + 0.2
+
+
 def test_model_flops_leave_recomputation_out():
     run, batch = benchmark.random_run("S", "1.5B", "cpu", reduced=True)
     plain = benchmark.step_flops(run, batch, True)
