@@ -253,7 +253,8 @@ def batches(*bad, value=math.nan):
     """Six batches of named videos; those of the numbers `bad` have a row of `value`."""
     made = [feature_batch([12, 8], seed=i) for i in range(6)]
     for i, batch in enumerate(made):
-        batch.windows = [SimpleNamespace(video=SimpleNamespace(name=f"v{i}{x}")) for x in "ab"]
+        batch.windows = [SimpleNamespace(video=SimpleNamespace(name=f"v{i}{x}"), segments=segments, labels=labels)
+                         for x, segments, labels in zip("ab", batch.segments, batch.labels)]
     for i in bad:
         made[i].inputs[1, 3] = value
     return Loader(made)
