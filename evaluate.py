@@ -168,9 +168,9 @@ def score_checkpoint(args) -> None:
                          f"{args.checkpoint}, trained with --lambda-lang 0")
     test, tiou = load_data(trained, model.config.feature_dim)[1], args.tiou or trained.tiou
     reference = read_reference(args.groups) if args.groups else None
-    written = dead_workers_named(test)(partial(answer, max_new_tokens=args.max_new_tokens))
-    run = written if args.qa else detect_as_trained
-    results = run(model, test, trained)
+    run = partial(answer, max_new_tokens=args.max_new_tokens) if args.qa else detect_as_trained
+    with dead_workers_named(test):
+        results = run(model, test, trained)
     result = score(out / ("result-qa.json" if args.qa else "result.json"), test, results, tiou)
     if args.qa:
         result["hallucination"] = report_answers(out, results, test)
