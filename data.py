@@ -236,7 +236,7 @@ def dead_workers_named(dataset: TALDataset):
         if not died:
             raise
         pids = {int(pid) for pid in died[1].split(",")}
-        names = [dataset.items[index][0].name for pid, index in dataset.reading.tolist() if pid in pids]
+        names = sorted({dataset.items[index][0].name for pid, index in dataset.reading.tolist() if pid in pids})
         raise InputError(f"--workers: a process that reads data {died[2].split('. ')[0]}; it was reading video "
                          f"{' and '.join(names) or '(none yet)'}: look whether the file is broken, or the memory is "
                          f"full (then fewer --workers)") from error
