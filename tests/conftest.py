@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")                    # a test that wants the network is a wrong test
+os.environ.setdefault("OMP_NUM_THREADS", "1")                   # threads that wait for each other crawl on a busy machine
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np
