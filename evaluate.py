@@ -169,8 +169,7 @@ def score_checkpoint(args) -> None:
     test, tiou = load_data(trained, model.config.feature_dim)[1], args.tiou or trained.tiou
     reference = read_reference(args.groups) if args.groups else None
     run = partial(answer, max_new_tokens=args.max_new_tokens) if args.qa else detect_as_trained
-    with dead_workers_named(test):
-        results = run(model, test, trained)
+    results = run(model, test, trained)
     result = score(out / ("result-qa.json" if args.qa else "result.json"), test, results, tiou)
     if args.qa:
         result["hallucination"] = report_answers(out, results, test)
@@ -385,16 +384,17 @@ def answer(model, test, trained, max_new_tokens: int = 256) -> Answers:
     device, classes = next(model.parameters()).device, model.config.classes
     found, answers = {v.name: [] for v in test.videos}, []
     loader = batch_loader(test, model.multiple, trained.workers, batch_size=trained.batch_size)
-    for batch in tqdm(loader, desc="answer", leave=False, dynamic_ncols=True, disable=None):
-        batch = batch.to(device)
-        f_vis = model.normalise(model.project(model.features(batch)))
-        for window, text in zip(batch.windows, model.language.generate(f_vis, batch.mask, max_new_tokens)):
-            proposals = parse_proposals(text, classes)
-            segments = torch.tensor([pair for _, *pair in proposals], dtype=torch.float32).reshape(-1, 2) + window.start
-            found[window.video.name].append((segments, 1 / (1 + torch.arange(len(proposals))),
-                                             torch.tensor([classes.index(p[0]) for p in proposals], dtype=torch.long)))
-            answers.append(dict(video=window.video.name, start=window.start, length=window.length, text=text,
-                                proposals=proposals))
+    with dead_workers_named(test):
+        for batch in tqdm(loader, desc="answer", leave=False, dynamic_ncols=True, disable=None):
+            batch = batch.to(device)
+            f_vis = model.normalise(model.project(model.features(batch)))
+            for window, text in zip(batch.windows, model.language.generate(f_vis, batch.mask, max_new_tokens)):
+                proposals = parse_proposals(text, classes)
+                segments = torch.tensor([pair for _, *pair in proposals], dtype=torch.float32).reshape(-1, 2)
+                labels = torch.tensor([classes.index(label) for label, *_ in proposals], dtype=torch.long)
+                found[window.video.name].append((segments + window.start, 1 / (1 + torch.arange(len(proposals))), labels))
+                answers.append(dict(video=window.video.name, start=window.start, length=window.length, text=text,
+                                    proposals=proposals))
     return Answers(merge_windows(found, test, classes, **nms_flags(trained)), answers, {})
 
 
