@@ -7,6 +7,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from data import mean_over_all
+
 
 class ClassMeanLoss(nn.Module):
     """Mean vision-only loss of each class (Algorithm 1, lines 2 and 5); index C is background.
@@ -92,6 +94,7 @@ class AdvantagePredictor(nn.Module):
 
 
 def advantage_loss(predicted: torch.Tensor, target: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Eq. 3: mean over real frames of the squared error; predicted, target, mask (bool) all (B, L). 0 if none."""
+    """Eq. 3: mean over real frames of the squared error; predicted, target, mask (bool) all (B, L). 0 if none.
+    With several processes: see `mean_over_all`."""
     squared = (predicted - target) ** 2 * mask
-    return squared.sum() / mask.sum().clamp(min=1)                                        # Eq. 3
+    return mean_over_all(squared.sum(), mask.sum())                                       # Eq. 3

@@ -5,9 +5,11 @@
     python benchmark.py data                      # reading one window, from a video and from features
     python benchmark.py full-size                 # training and inference of the paper's models, random weights
     python benchmark.py efficiency                # Table 6: what language costs, in both layouts, and a cached prompt
+    python benchmark.py efficiency --size full    # on a CPU, too: 20 GB of memory, and half an hour
+    python benchmark.py full-size --compile       # with compiled layers of encoder and language model
 
 Inputs are random but seeded, and built here. A figure is the median of at least five runs after one that does not
-count. The exit code is 1 if a row missed its limit.
+count; at full size on a CPU of one such run. The exit code is 1 if a row missed its limit.
 """
 import argparse
 import platform
@@ -16,6 +18,7 @@ import sys
 import tempfile
 import time
 from contextlib import contextmanager
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,6 +28,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
 
@@ -53,7 +57,7 @@ class Row(NamedTuple):
 def main(argv=None) -> int:
     args = get_args(argv)
     if args.what == "efficiency":
-        return efficiency(args.device)
+        return efficiency(args)
     rows, notes = BENCHMARKS.get(args.what, (MODELS, ""))
     chosen = [row for row in rows if args.only.lower() in row[0].lower()]
     if not chosen:
@@ -61,7 +65,7 @@ def main(argv=None) -> int:
               + "; ".join(row[0] for row in rows), file=sys.stderr)
         return 2
     if args.what == "full-size":
-        return full_size(args.device, chosen)
+        return full_size(args, chosen)
     print(f"{machine()}\n\n| what | ours (median) | reference | limit |\n|:--|--:|--:|--:|")
     missed = 0
     for row in chosen:
@@ -84,20 +88,24 @@ def get_args(argv=None) -> argparse.Namespace:
     parser.add_argument("--only", default="", metavar="NAME", help="only the rows with NAME in them, in any case")
     parser.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu",
                         help="of full-size and efficiency")
-    return parser.parse_args(argv)
+    parser.add_argument("--size", choices=["full", "reduced"], help="of the models there (default: full on a GPU)")
+    parser.add_argument("--compile", action="store_true", help="their layers as compiled code, as train.py --compile")
+    args = parser.parse_args(argv)
+    args.size = args.size or ("full" if args.device.startswith("cuda") else "reduced")
+    return args
 
 
-def median_times(runs: tuple[Callable, ...], device: str = "cpu", seconds: float = 20) -> list[float]:
+def median_times(runs: tuple[Callable, ...], device: str = "cpu", seconds: float = 20, once: bool = False) -> list[float]:
     """Median seconds of each function, called in turn, so that a busy machine favours none: once to warm up, then
-    REPEATS times, or while `seconds` last up to 5 times as often."""
+    REPEATS times, or while `seconds` last up to 5 times as often. once: one time each, without a warm-up."""
     def clock() -> float:
         if device.startswith("cuda"):
             torch.cuda.synchronize()
         return time.perf_counter()
-    for run in runs:
+    for run in () if once else runs:
         run()
-    times, started = [], clock()
-    while len(times) < REPEATS or len(times) < 5 * REPEATS and clock() - started < seconds:
+    times, started, repeats = [], clock(), 1 if once else REPEATS
+    while len(times) < repeats or len(times) < 5 * repeats and clock() - started < seconds:
         ticks = [clock()]
         for run in runs:
             run()
@@ -310,28 +318,29 @@ QWEN = {"1.5B": dict(hidden_size=1536, num_hidden_layers=28, num_attention_heads
 MODELS = [(f"ActionVLM-{vision}-{qwen}", vision, qwen) for vision in VISION for qwen in QWEN]
 REPEATS = 5
 CAP = 24                                        # GiB of the GPU that the models may use
-REDUCED = "2 layers and an eighth of the width, LoRA of rank 8, because there is no GPU"
+REDUCED = "2 layers and an eighth of the width, LoRA of rank 8"
 
 
-def full_size(device: str, models: list) -> int:
+def full_size(args: argparse.Namespace, models: list) -> int:
     """Prints a row for each model: memory and time of a training step and of inference, with and without language."""
-    reduced = not device.startswith("cuda")
-    peak = 0.0
-    print(machine() if reduced else f"{torch.cuda.get_device_name()}; torch {torch.__version__}")
-    if not reduced:
-        peak = matmul_peak(device)
+    reduced, on_gpu = args.size == "reduced", args.device.startswith("cuda")
+    print(where(args))
+    peak = 0.0 if reduced else matmul_peak(args.device, 8192 if on_gpu else 4096)
+    if peak:
+        print(f"{peak / 1e12:.3g} TFLOPs a second measured in bfloat16 matrix products")
+    if on_gpu:
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, CAP * 2**30 / total))
-        print(f"at most {CAP} GiB of its memory; {peak / 1e12:.0f} TFLOPs measured in bfloat16 matrix products")
+        print(f"at most {CAP} GiB of its memory")
     print("\n| model | parameters | peak memory | step, vision only | step, vision-language | ratio | inference, "
           "vision only / full / cached prompt | tokens/s in training | FLOPs of a step, MFU |\n|:--|" + "--:|" * 8)
     for name, vision, qwen in models:
         try:
-            row = full_size_row(vision, qwen, device, reduced, peak)
+            row = full_size_row(vision, qwen, args, peak)
         except torch.cuda.OutOfMemoryError:
             row = f"does not fit in {CAP} GiB |" + " - |" * 7
         print(f"| {name}{', reduced' * reduced} | {row}", flush=True)
-        if not reduced:
+        if on_gpu:
             torch.cuda.empty_cache()
     window = f"32 frames of 32 x 32, {REDUCED}" if reduced else "768 frames of 160 x 160, LoRA of rank 128"
     print(f"\nRandom weights; one window of {window}; the 20 classes of THUMOS14; activation checkpointing; AdamW and "
@@ -340,21 +349,33 @@ def full_size(device: str, models: list) -> int:
     return 0
 
 
-def full_size_row(vision: str, qwen: str, device: str, reduced: bool, peak: float) -> str:
+def where(args: argparse.Namespace) -> str:
+    """What the models run on."""
+    name = f"{torch.cuda.get_device_name()}; torch {torch.__version__}" if args.device.startswith("cuda") else machine()
+    return name + "; compiled layers" * args.compile
+
+
+def full_size_row(vision: str, qwen: str, args: argparse.Namespace, peak: float) -> str:
     """The cells of a Markdown row after the name."""
-    run, batch = random_run(vision, qwen, device, reduced)
-    flops, step = step_flops(run, batch, True), partial(train_step, run, batch)
-    memory = peak_memory(partial(step, True), device)
-    without, full = median_times((partial(step, False), partial(step, True)), device, 0)
+    run, batch = random_run(vision, qwen, args)
+    step, once = partial(train_step, run, batch), is_slow(args)
+    flops, memory = model_flops(run, batch, training=True), peak_memory(partial(step, True), args.device)
+    without, full = median_times((partial(step, False), partial(step, True)), args.device, 0, once)
     infer, prompt = partial(inference, run, batch), []
     infers = partial(infer, False), infer, partial(infer, layout="text-first", cached=prompt)
-    alone, whole, cached = median_times(infers, device, 0)
+    infers[-1]()                                                         # from now on the prompt is there
+    alone, whole, cached = median_times(infers, args.device, 0, once)
     tokens = run.model.language.sequence_length(batch.mask.size(1))
     parameters = sum(p.numel() for p in run.model.parameters())
     mfu = f"{flops / 1e12:.3g} TFLOPs, " + (f"{flops / full / peak:.0%}" if peak else "-")
     return (f"{parameters / 1e6:,.0f} M | {memory} | {duration(without)} | {duration(full)} | {full / without:.2f} | "
             f"{duration(alone)} / {duration(whole)} / {duration(cached)}, {whole / alone:.2f} | {tokens / full:,.0f} | "
             f"{mfu} |")
+
+
+def is_slow(args: argparse.Namespace) -> bool:
+    """Full size on a CPU: a step takes minutes, so that it is timed once, after the one whose memory was measured."""
+    return args.size == "full" and not args.device.startswith("cuda")
 
 
 class Way(NamedTuple):
@@ -366,17 +387,18 @@ class Way(NamedTuple):
     flops: str
 
 
-def efficiency(device: str) -> int:
+def efficiency(args: argparse.Namespace) -> int:
     """Table 6: prints what language costs ActionVLM-S-3B in time and memory, a row for each way to run it."""
-    reduced = not device.startswith("cuda")
-    print(machine() if reduced else f"{torch.cuda.get_device_name()}; torch {torch.__version__}")
-    model = partial(random_run, "S", "3B", device, reduced, L=768)        # gives the prompt its share of the tokens
-    ways = [way_to_run("vision only", *model(lambda_lang=0.0), device)]
+    reduced, device, once = args.size == "reduced", args.device, is_slow(args)
+    print(where(args))
+    model = partial(random_run, "S", "3B", args, L=768)                   # gives the prompt its share of the tokens
+    ways = [way_to_run("vision only", *model(lambda_lang=0.0), args)]
     run, batch = model()                                                 # not before: it would add to the memory above
-    ways += [way_to_run(f"full, {name}", run, batch, device, *how) for name, *how in (
+    ways += [way_to_run(f"full, {name}", run, batch, args, *how) for name, *how in (
         ("frames-first",), ("text-first", "text-first"), ("text-first, cached prompt", "text-first", []))]
-    *steps, without = median_times((*(way.step for way in ways[:3]), partial(train_step, run, batch, False)), device, 0)
-    infer = median_times(tuple(way.infer for way in ways), device, 0)
+    *steps, without = median_times((*(way.step for way in ways[:3]), partial(train_step, run, batch, False)), device, 0,
+                                   once)
+    infer = median_times(tuple(way.infer for way in ways), device, 0, once)
     ratios = [(without + step) / 2 / steps[0] for step in steps[1:]]
     training = [f"{duration(steps[0])} | - | 1.00", *(f"{duration(without)} | {duration(step)} | {ratio:.2f}"
                                                       for step, ratio in zip(steps[1:], ratios)), "- | - | -"]
@@ -392,20 +414,23 @@ def efficiency(device: str) -> int:
           f"tokens, {len(run.model.language.prompt_ids)} of them the prompt; "
           f"{REDUCED if reduced else 'LoRA of rank 128'}; activation checkpointing. Times are of one window, medians, "
           "all rows in turn; ratios are to vision only, that of training of the mean of both kinds of epoch. Memory is "
-          f"the peak{' of this process' if reduced else ''}. FLOPs without recomputation. The paper's ratios of S-3B, "
+          f"the peak{'' if device.startswith('cuda') else ' of this process'}. FLOPs without recomputation. The paper's ratios of S-3B, "
           "on an L40, are 1.09 in training and 1.22 at inference.")
     return 0
 
 
-def way_to_run(name: str, run: Run, batch: Batch, device: str, layout="frames-first", cached=None) -> Way:
+def way_to_run(name: str, run: Run, batch: Batch, args, layout="frames-first", cached=None) -> Way:
     """The row of a run; cached: [] to keep the prompt from window to window."""
     language = run.model.language is not None
     step = partial(train_step, run, batch, language, layout)
     infer = partial(inference, run, batch, language, layout, cached)
-    infer()                                                              # from now on a prompt to be kept is there
-    flops, memory = [count_flops(infer)[0]], [peak_memory(infer, device)]
+    if cached is not None:
+        infer()                                                          # from now on the prompt is there
+    flops = [model_flops(run, batch, language, layout, cached)]
+    memory = [peak_memory(infer, args.device)]
     if cached is None:                                                   # in training there is no other way
-        flops, memory = [step_flops(run, batch, language), *flops], [peak_memory(step, device), *memory]
+        flops.insert(0, model_flops(run, batch, language, layout, training=True))
+        memory.insert(0, peak_memory(step, args.device))
     return Way(name, step, infer, " / ".join(memory), " / ".join(f"{f / 1e12:.3g}" for f in flops))
 
 
@@ -428,13 +453,14 @@ def inference(run: Run, batch: Batch, use_language: bool = True, layout="frames-
     run.model.eval()(batch, use_language)
 
 
-def random_run(vision: str, qwen: str, device: str, reduced: bool, L: int = 32, lambda_lang=None):
+def random_run(vision: str, qwen: str, args: argparse.Namespace, L: int = 32, lambda_lang=None):
     """(Run of a model with random weights and activation checkpointing, batch of one window of random frames).
     L: steps of the window of a reduced model."""
     torch.manual_seed(0)
+    device, reduced, compiled = args.device, args.size == "reduced", args.compile
     L, side = (L, 32) if reduced else (768, 160)
     args = get_train_args(["--dataset", "thumos14", "--videos", "-", "--annotations", "-", "--device", device,
-                           "--window", str(L), "--lora-rank", "8" if reduced else "128"])
+                           "--window", str(L), *(["--lora-rank", "8"] if reduced else ["--dtype", "bfloat16"])])
     encoder = dict(sizes(VISION[vision], reduced), image_size=side, pretrained_image_size=224)
     config = Config(descriptions(), "random", sizes(QWEN[qwen], reduced)["hidden_size"], dtype=args.dtype,
                     vision=encoder, lora_rank=args.lora_rank, lora_alpha=args.lora_alpha, head_window=0,
@@ -442,6 +468,8 @@ def random_run(vision: str, qwen: str, device: str, reduced: bool, L: int = 32, 
     with random_language_model(qwen, reduced):
         run = Run(ActionVLM(config).to(device), args, steps_per_epoch=1000)
     run.model.checkpointing()
+    if compiled:
+        run.model.compile_layers()
     frames = torch.randint(0, 256, (1, L, 3, side, side), dtype=torch.uint8)
     segments = torch.tensor([[0.1, 0.3], [0.5, 0.6]]) * L
     mask, labels = torch.ones(1, L, dtype=torch.bool), torch.tensor([0, 5])
@@ -492,26 +520,39 @@ def train_step(run: Run, batch: Batch, use_language: bool, layout: str = "frames
     (vision_language_epoch if use_language else vision_only_epoch)(run, OneBatch(batch))
 
 
-def step_flops(run: Run, batch: Batch, use_language: bool) -> int:
-    """FLOPs of the matrix products in a training step, without what activation checkpointing computes again."""
-    total, _ = count_flops(partial(train_step, run, batch, use_language))
-    with torch.no_grad():
-        _, modules = count_flops(lambda: run.model.train()(batch, use_language))
-    again = {m for m in run.model.modules() if getattr(m, "gradient_checkpointing", False)}
-    names = {f"ActionVLM.{name}" for name, m in run.model.named_modules() if m in again}
-    return total - sum(sum(ops.values()) for name, ops in modules.items()
-                       if name in names and re.search(r"layers?\.\d+$", name))
+def model_flops(run: Run, batch: Batch, use_language: bool = True, layout="frames-first", cached=None,
+                training: bool = False) -> int:
+    """FLOPs of the matrix products in a training step (without what activation checkpointing computes again) or an
+    inference. Counted in a copy of the model whose tensors have sizes and no content, with all of its activations."""
+    without_content = FakeTensorMode()
+    with FakeCopyMode(without_content):
+        model, batch = deepcopy(run.model).train(training), batch.map(without_content.from_tensor)
+    with without_content:
+        for module in model.modules():
+            module.gradient_checkpointing = False
+        if use_language:
+            model.language.layout, model.language.cached = layout, None if cached is None else []
+
+        def call():
+            with torch.set_grad_enabled(training):
+                output = model(batch, use_language)
+            if training:                                                # any loss has the matrix products of this one
+                outputs = [*output.cls_logits, *output.offsets, output.advantage, output.text_loss]
+                sum(x.sum() for x in outputs if x is not None).backward()
+        if cached is not None:
+            call()                                                      # from now on the prompt is there
+        return count_flops(call)
 
 
-def count_flops(call: Callable) -> tuple[int, dict]:
-    """(FLOPs of the matrix products in a call, {module: {operation: FLOPs}}); attention counts as if nothing was
-    hidden. The counter knows the kernels of GPUs alone."""
+def count_flops(call: Callable) -> int:
+    """FLOPs of the matrix products in a call; attention counts as if nothing was hidden. torch's counter knows the
+    kernels of GPUs alone."""
     aten = torch.ops.aten
     cpu = {aten._scaled_dot_product_flash_attention_for_cpu: lambda *qkv, **_: sdpa_flop_count(*qkv[:3]),
            aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda *g, **_: sdpa_backward_flop_count(*g[:4])}
     with FlopCounterMode(display=False, custom_mapping=cpu) as counter:
         call()
-    return counter.get_total_flops(), counter.get_flop_counts()
+    return counter.get_total_flops()
 
 
 def matmul_peak(device: str, n: int = 8192) -> float:

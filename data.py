@@ -257,6 +257,16 @@ def process_rank() -> tuple:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
+def mean_over_all(total: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+    """total / count, of what this process has; 0 if none. With several processes, whose gradients are averaged: so that
+    the average over processes is the mean over what all of them have, however unevenly."""
+    processes = process_rank()[1]
+    if processes > 1:
+        count = count.clone()
+        dist.all_reduce(count)
+    return total / count.clamp(min=1) * processes
+
+
 def seconds_to_grid(seconds, fps: float, stride: int, num_frames: int):
     """Seconds -> grid units: s·fps/stride - 0.5·num_frames/stride (any shape)."""
     return seconds * fps / stride - 0.5 * num_frames / stride

@@ -122,6 +122,9 @@ class ActionVLM(nn.Module):
     def compile_layers(self, **options) -> None:
         """From now on run the layers of encoder and language model as compiled code, of one kind for sequences of any
         length; to be called after `checkpointing`. options: of torch.compile."""
+        # The layers of both share one function of transformers. Beyond the usual 8 kinds (training and test, padded or
+        # not, each of both) it would go on uncompiled.
+        torch._dynamo.config.recompile_limit = 64
         for module in self.modules():
             if isinstance(module, GradientCheckpointingLayer):
                 module.compile(dynamic=True, **options)

@@ -36,7 +36,7 @@ from annotations import (VIDEO_SUFFIXES, InputError, class_names, find_files, lo
 from checkpoint import (Stopped, StopSignals, append_row, load_checkpoint, model_state, read_log, save_checkpoint,
                         trained_parameters, trim_log, use_average, written_whole)
 from data import (FEATURE_PRESETS, PRESETS, TALDataset, batch_loader, collate, dead_workers_named, doubt_steps,
-                  make_demo, open_features, probe, process_rank)
+                  make_demo, mean_over_all, open_features, probe, process_rank)
 from evaluate import check_ranges, device, score_test_set
 from head import detection_loss
 from model import TINY_VISION, ActionVLM, Config
@@ -73,7 +73,8 @@ def vision_language_epoch(run, loader) -> dict:
         loss = dh.loss_dh + args.lambda_tg * output.text_loss + lambda_adv * loss_adv  # line 16: Eq. 9
         frames = batch.mask.sum()
         run.step(loss, loss_cls=dh.loss_cls, loss_loc=dh.loss_loc, loss_tg=output.text_loss, loss_adv=loss_adv,
-                 lambda_lang=output.lambda_lang.sum() / frames, advantage=(advantage * batch.mask).sum() / frames)
+                 lambda_lang=mean_over_all(output.lambda_lang.sum(), frames),
+                 advantage=mean_over_all((advantage * batch.mask).sum(), frames))
     return run.end_epoch()
 
 
@@ -401,7 +402,7 @@ def be_deterministic(on: bool) -> None:
 def average_gradients(model: ActionVLM) -> None:
     """Every gradient becomes its mean over all processes, which run the same kind of epoch; does nothing in one.
 
-    L_dh is then that of all windows together; L_tg and L_adv are means of the processes' means.
+    The losses are then those of all windows together: see `data.mean_over_all`.
     """
     if dist.is_initialized():
         gradients = [p.grad for p in model.parameters() if p.grad is not None]

@@ -13,6 +13,7 @@ import re
 import warnings
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,7 +24,7 @@ from einops import rearrange, repeat
 from torch import nn
 
 from annotations import InputError
-from data import send
+from data import mean_over_all, send
 
 transformers.logging.disable_progress_bar()
 SPECIAL_TOKENS = ("[cls]", "[loc]", "[adv]")
@@ -138,6 +139,9 @@ class LanguageModel(nn.Module):
         with warnings.catch_warnings():                  # peft asks transformers by an old name
             warnings.simplefilter("ignore", FutureWarning)
             self.lm = get_peft_model(base, LoraConfig(r=lora_rank, lora_alpha=lora_alpha, target_modules="all-linear"))
+        for module in self.lm.modules():                 # autocast does; peft would cast up first, autocast down again
+            if hasattr(module, "lora_A"):
+                module.cast_input_dtype_enabled = False
         table = base.get_input_embeddings().weight
         self.dim, self.embedding_scale = table.size(1), float(table.float().std())
         self.special_tokens = nn.Parameter(torch.randn(len(SPECIAL_TOKENS), self.dim) * self.embedding_scale)
@@ -245,10 +249,11 @@ class LanguageModel(nn.Module):
         position = (valid.cumsum(1) - 1).clamp(min=0)[:, -tokens.size(1):]
         # Compiled layers would be compiled again for every layer's place in the cache.
         stance = nullcontext() if cache is None else torch.compiler.set_stance("force_eager")
+        model = self.lm.get_base_model().model
+        before = {} if cache is None else {name_of_cache(model): cache}
         with self.autocast(tokens.device), stance:
-            return self.lm.get_base_model().model(
-                inputs_embeds=tokens.to(self.lm.dtype), position_ids=position, visibility=visibility,
-                past_key_values=cache, use_cache=cache is not None).last_hidden_state
+            return model(inputs_embeds=tokens.to(self.lm.dtype), position_ids=position, visibility=visibility,
+                         use_cache=cache is not None, **before).last_hidden_state
 
     def autocast(self, device):
         """Arithmetic in bfloat16 if that is the dtype of the frozen weights; LoRA's float32 weights are cast there."""
@@ -298,10 +303,11 @@ class LanguageModel(nn.Module):
 
     def text_loss(self, hidden, here, targets):
         """Eq. 8: cross-entropy of the answer; logits only where there is a target. hidden (B, A, D); see
-        answer_tokens."""
+        answer_tokens. With several processes: see `mean_over_all`."""
         with self.autocast(hidden.device):
             logits = self.lm.get_base_model().lm_head(hidden.flatten(0, 1).index_select(0, here))    # (n, vocabulary)
-        return F.cross_entropy(logits.float(), targets)                             # Eq. 8
+        loss = F.cross_entropy(logits.float(), targets, reduction="sum")
+        return mean_over_all(loss, torch.ones_like(targets).sum())                  # Eq. 8
 
     def probability_of_yes(self, f_adv: torch.Tensor) -> torch.Tensor:
         """(B, L, D) -> (B, L): what the output layer gives "yes" against "no" at [adv] (Table 4, generated lambda)."""
@@ -322,6 +328,11 @@ def use_prefix_attention(model, folder) -> None:
                          f"{model.config.model_type}")
     transformers.AttentionInterface.register("prefix", prefix_attention)
     model.set_attn_implementation("prefix")
+
+
+def name_of_cache(model) -> str:
+    """What a model of transformers calls the keys and values of what it read before; the first is the newer name."""
+    return "cache" if "cache" in signature(model.forward).parameters else "past_key_values"
 
 
 def enable_checkpointing(model) -> None:

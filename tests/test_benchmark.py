@@ -115,9 +115,21 @@ def test_peak_memory_sees_what_a_call_takes():
     assert small == large == "-" or float(large.split()[0]) > float(small.split()[0]) + 0.2
 
 
-def test_model_flops_leave_recomputation_out():
-    run, batch = benchmark.random_run("S", "1.5B", "cpu", reduced=True)
-    plain = benchmark.step_flops(run, batch, True)
-    run.model.checkpointing()
-    assert benchmark.step_flops(run, batch, True) == pytest.approx(plain, rel=1e-3)
-    assert benchmark.step_flops(run, batch, False) < 0.8 * plain
+def test_model_flops_are_those_of_a_step_without_recomputation():
+    run, batch = benchmark.random_run("S", "1.5B", benchmark.get_args(["full-size", "--device", "cpu"]))
+    for use_language in (True, False):
+        counted = benchmark.model_flops(run, batch, use_language, training=True)
+        assert counted < benchmark.count_flops(lambda: benchmark.train_step(run, batch, use_language))
+        for module in run.model.modules():
+            module.gradient_checkpointing = False
+        assert counted == pytest.approx(benchmark.count_flops(lambda: benchmark.train_step(run, batch, use_language)), rel=1e-5)
+        run.model.checkpointing()
+
+
+def test_model_flops_of_inference_are_those_of_a_call():
+    run, batch = benchmark.random_run("S", "1.5B", benchmark.get_args(["full-size", "--device", "cpu"]))
+    prompt = []
+    benchmark.inference(run, batch, layout="text-first", cached=prompt)
+    for how in ({"use_language": False}, {}, {"layout": "text-first", "cached": prompt}):
+        counted = benchmark.count_flops(lambda: benchmark.inference(run, batch, **how))
+        assert counted > 0 and benchmark.model_flops(run, batch, **how) == counted

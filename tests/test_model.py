@@ -1,4 +1,5 @@
 """Eq. 4, 5 and the whole model: weights, aggregation, gradients, padding, the vision encoder."""
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -128,6 +129,24 @@ def test_compiled_layers_give_the_same_and_take_answers_of_any_length(make_model
     with compiled.language.cached_prompt():
         compiled.eval()(batch)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs[0]
+    torch._dynamo.reset()
+
+
+def test_every_kind_of_layer_is_compiled(make_model, monkeypatch):
+    """More kinds than the 8 of a function that torch compiles by itself; beyond the limit it would raise here."""
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
+    torch._dynamo.reset()
+    model = make_model(feature_dim=0, vision=TINY_VISION)
+    model.compile_layers(backend="eager")
+    for lengths, layout, training in itertools.product(([16], [16, 12], [16, 16]), ("frames-first", "text-first"), (True, False)):
+        batch = feature_batch(lengths, L=16)
+        batch.inputs, batch.padded = torch.zeros(len(lengths), 16, 3, 32, 32).byte(), min(lengths) < 16
+        model.language.layout = layout
+        model.train(training)(batch, use_language=True)
+        with torch.no_grad():
+            model(batch, use_language=True)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 8
     torch._dynamo.reset()
 
 
