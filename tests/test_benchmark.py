@@ -122,7 +122,7 @@ def test_model_flops_are_those_of_a_step_without_recomputation():
         assert counted < benchmark.count_flops(lambda: benchmark.train_step(run, batch, use_language))
         for module in run.model.modules():
             module.gradient_checkpointing = False
-        assert counted == pytest.approx(benchmark.count_flops(lambda: benchmark.train_step(run, batch, use_language)), rel=1e-5)
+        assert counted == pytest.approx(benchmark.count_flops(lambda: benchmark.train_step(run, batch, use_language)), rel=1e-4)
         run.model.checkpointing()
 
 
