@@ -204,6 +204,7 @@ def test_an_architecture_with_an_attention_of_its_own_is_an_error(lm_folder, tmp
         model.lm.get_base_model().model(inputs_embeds=torch.zeros(1, 3, 32))
 
 
+@pytest.mark.filterwarnings("error")                         # transformers has renamed what it is given the cache by
 @pytest.mark.parametrize("lengths", [(8,), (8, 5), (5, 8, 1)])
 def test_cached_prompt_gives_the_same_features(lm_folder, lengths):
     model, (f, mask) = make(lm_folder, layout="text-first"), inputs(lengths)
@@ -333,6 +334,16 @@ def test_bfloat16_is_frozen_only_and_close_to_float32(lm_folder):
     a, b = full(f, mask, ["Jump: 1-4."] * 2), half(f, mask, ["Jump: 1-4."] * 2)
     assert b.f_adv.dtype == b.text_loss.dtype == torch.float32
     assert 0 < (a.f_adv - b.f_adv)[mask].abs().max() < 0.1 and abs(a.text_loss - b.text_loss) < 0.05
+
+
+def test_nothing_is_cast_up_before_lora(lm_folder):
+    """Float32 copies of LoRA's inputs would be a quarter of what a layer reads and writes beside its products."""
+    half, (f, mask), seen = make(lm_folder, dtype="bfloat16"), inputs(), []
+    for name, module in half.lm.named_modules():
+        if name.endswith("lora_A.default"):
+            module.register_forward_pre_hook(lambda module, args: seen.append(args[0].dtype))
+    half(f, mask)
+    assert set(seen) == {torch.bfloat16} and len(seen) == 14                            # 7 in each of 2 layers
 
 
 def test_descriptions_too_long_for_the_positions_are_an_error(lm_folder):
