@@ -270,10 +270,11 @@ def test_two_processes_equal_one_with_the_doubled_batch(features, tmp_path):
     (tmp_path / "spy.py").write_text(SPY)
     content = json.loads((features[0] / "annotations.json").read_text())
     content["database"]["a"] |= {"duration": 1.7, "annotations": [{"label": "Run", "segment": [0.5, 1.2]}]}
+    content["database"]["d"] = content["database"]["c"]
     (tmp_path / "annotations.json").write_text(json.dumps(content))
-    np.save(tmp_path / "a.npy", np.load(features[0] / "a.npy")[:13])
-    for name in "bc":
-        (tmp_path / f"{name}.npy").symlink_to(features[0] / f"{name}.npy")
+    rows = {name: np.load(features[0] / f"{name}.npy") for name in "abc"}
+    for name, array in (rows | {"a": rows["a"][:13], "d": rows["c"][::-1]}).items():
+        np.save(tmp_path / f"{name}.npy", array)
     flags = [*features[1], "--features", tmp_path, "--annotations", tmp_path / "annotations.json", "--drop-path", 0,
              "--epochs", 6, "--warmup-epochs", 1, "--lr", 1e-3, "--lr-lm", 1e-3, "--lambda-tg", 1, "--lambda-adv", 1]
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -291,7 +292,11 @@ def test_two_processes_equal_one_with_the_doubled_batch(features, tmp_path):
     for a, b in zip(*rows):
         assert a.get("class_mean") == pytest.approx(b.get("class_mean"), abs=2e-4)
         assert all(a[name] == pytest.approx(b[name], abs=1e-4) for name in a if name not in ("class_mean", "seconds", "kind"))
-    assert (tmp_path / "two/result.json").exists()
+    found = [json.loads((tmp_path / out / "result.json").read_text())["results"] for out in ("two", "one")]
+    assert list(found[0]) == list(found[1]) == ["c", "d"]                        # each process has looked at one
+    for name in "cd":
+        scores = [torch.tensor([row["score"] for row in results[name]]) for results in found]
+        torch.testing.assert_close(*scores, atol=1e-4, rtol=1e-4)
 
 
 def test_accumulated_batches_make_one_step(features, tmp_path):
