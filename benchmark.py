@@ -5,7 +5,7 @@
     python benchmark.py data                      # reading one window, from a video and from features
     python benchmark.py full-size                 # training and inference of the paper's models, random weights
     python benchmark.py efficiency                # Table 6: what language costs, in both layouts, and a cached prompt
-    python benchmark.py efficiency --size full    # on a CPU, too: 20 GB of memory, and half an hour
+    python benchmark.py efficiency --size full    # on a CPU, too: 20 GB of memory, and an hour
     python benchmark.py full-size --compile       # with compiled layers of encoder and language model
 
 Inputs are random but seeded, and built here. A figure is the median of at least five runs after one that does not
@@ -96,16 +96,16 @@ def get_args(argv=None) -> argparse.Namespace:
     return args
 
 
-def median_times(runs: tuple[Callable, ...], device: str = "cpu", seconds: float = 20, once: bool = False) -> list[float]:
+def median_times(runs: tuple[Callable, ...], device: str = "cpu", seconds: float = 20, repeats: int = 0) -> list[float]:
     """Median seconds of each function, called in turn, so that a busy machine favours none: once to warm up, then
-    REPEATS times, or while `seconds` last up to 5 times as often. once: one time each, without a warm-up."""
+    `repeats` times (0: REPEATS), or while `seconds` last up to 5 times as often."""
     def clock() -> float:
         if device.startswith("cuda"):
             torch.cuda.synchronize()
         return time.perf_counter()
-    for run in () if once else runs:
+    for run in runs:
         run()
-    times, started, repeats = [], clock(), 1 if once else REPEATS
+    times, started, repeats = [], clock(), repeats or REPEATS
     while len(times) < repeats or len(times) < 5 * repeats and clock() - started < seconds:
         ticks = [clock()]
         for run in runs:
@@ -360,13 +360,13 @@ def where(args: argparse.Namespace) -> str:
 def full_size_row(vision: str, qwen: str, args: argparse.Namespace, peak: float) -> str:
     """The cells of a Markdown row after the name."""
     run, batch = random_run(vision, qwen, args)
-    step, once = partial(train_step, run, batch), is_slow(args)
-    flops, memory = model_flops(run, batch, training=True), peak_memory(partial(step, True), args.device)
-    without, full = median_times((partial(step, False), partial(step, True)), args.device, 0, once)
+    how, times = (args.device, 0, int(is_slow(args))), []
+    steps = tuple(partial(train_step, run, batch, use_language) for use_language in (False, True))
+    memory = peak_memory(lambda: times.extend(median_times(steps, *how)), args.device)
+    (without, full), flops = times, model_flops(run, batch, training=True)
     infer, prompt = partial(inference, run, batch), []
     infers = partial(infer, False), infer, partial(infer, layout="text-first", cached=prompt)
-    infers[-1]()                                                         # from now on the prompt is there
-    alone, whole, cached = median_times(infers, args.device, 0, once)
+    alone, whole, cached = median_times(infers, *how)                    # the first call with a prompt keeps it
     tokens = run.model.language.sequence_length(batch.mask.size(1))
     parameters = sum(p.numel() for p in run.model.parameters())
     mfu = f"{flops / 1e12:.3g} TFLOPs, " + (f"{flops / full / peak:.0%}" if peak else "-")
@@ -376,7 +376,7 @@ def full_size_row(vision: str, qwen: str, args: argparse.Namespace, peak: float)
 
 
 def is_slow(args: argparse.Namespace) -> bool:
-    """Full size on a CPU: a step takes minutes, so that it is timed once, after the one whose memory was measured."""
+    """Full size on a CPU: a step takes minutes, so that it is timed once after its warm-up."""
     return args.size == "full" and not args.device.startswith("cuda")
 
 
@@ -391,16 +391,15 @@ class Way(NamedTuple):
 
 def efficiency(args: argparse.Namespace) -> int:
     """Table 6: prints what language costs ActionVLM-S-3B in time and memory, a row for each way to run it."""
-    reduced, device, once = args.size == "reduced", args.device, is_slow(args)
+    reduced, device, how = args.size == "reduced", args.device, (args.device, 0, int(is_slow(args)))
     print(where(args))
     model = partial(random_run, "S", "3B", args, L=768)                   # gives the prompt its share of the tokens
     ways = [way_to_run("vision only", *model(lambda_lang=0.0), args)]
     run, batch = model()                                                 # not before: it would add to the memory above
     ways += [way_to_run(f"full, {name}", run, batch, args, *how) for name, *how in (
         ("frames-first",), ("text-first", "text-first"), ("text-first, cached prompt", "text-first", []))]
-    *steps, without = median_times((*(way.step for way in ways[:3]), partial(train_step, run, batch, False)), device, 0,
-                                   once)
-    infer = median_times(tuple(way.infer for way in ways), device, 0, once)
+    *steps, without = median_times((*(way.step for way in ways[:3]), partial(train_step, run, batch, False)), *how)
+    infer = median_times(tuple(way.infer for way in ways), *how)
     ratios = [(without + step) / 2 / steps[0] for step in steps[1:]]
     training = [f"{duration(steps[0])} | - | 1.00", *(f"{duration(without)} | {duration(step)} | {ratio:.2f}"
                                                       for step, ratio in zip(steps[1:], ratios)), "- | - | -"]
@@ -416,8 +415,8 @@ def efficiency(args: argparse.Namespace) -> int:
           f"tokens, {len(run.model.language.prompt_ids)} of them the prompt; "
           f"{REDUCED if reduced else 'LoRA of rank 128'}; activation checkpointing. Times are of one window, medians, "
           "all rows in turn; ratios are to vision only, that of training of the mean of both kinds of epoch. Memory is "
-          f"the peak{'' if device.startswith('cuda') else ' of this process'}. FLOPs without recomputation. The paper's ratios of S-3B, "
-          "on an L40, are 1.09 in training and 1.22 at inference.")
+          f"the peak{'' if device.startswith('cuda') else ' of this process'}. FLOPs without recomputation. The paper's "
+          "ratios of S-3B, on an L40, are 1.09 in training and 1.22 at inference.")
     return 0
 
 
@@ -431,6 +430,7 @@ def way_to_run(name: str, run: Run, batch: Batch, args, layout="frames-first", c
     flops = [model_flops(run, batch, language, layout, cached)]
     memory = [peak_memory(infer, args.device)]
     if cached is None:                                                   # in training there is no other way
+        step()                                                           # from now on the optimizer's moments are there
         flops.insert(0, model_flops(run, batch, language, layout, training=True))
         memory.insert(0, peak_memory(step, args.device))
     return Way(name, step, infer, " / ".join(memory), " / ".join(f"{f / 1e12:.3g}" for f in flops))
