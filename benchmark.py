@@ -410,13 +410,13 @@ def efficiency(args: argparse.Namespace) -> int:
     print("\nAttention ran as")
     for way in ways:
         print(f"* {way.name}: {attention_kernels(way.infer, device)}")
-    L, side = batch.mask.size(1), batch.inputs.size(-1)
+    (_, L, _, side, _), whose = batch.inputs.size(), "" if device.startswith("cuda") else " of this process"
     print(f"\nRandom weights; one window of {L} frames of {side} x {side}, {run.model.language.sequence_length(L)} "
           f"tokens, {len(run.model.language.prompt_ids)} of them the prompt; "
           f"{REDUCED if reduced else 'LoRA of rank 128'}; activation checkpointing. Times are of one window, medians, "
           "all rows in turn; ratios are to vision only, that of training of the mean of both kinds of epoch. Memory is "
-          f"the peak{'' if device.startswith('cuda') else ' of this process'}. FLOPs without recomputation. The paper's "
-          "ratios of S-3B, on an L40, are 1.09 in training and 1.22 at inference.")
+          f"the peak{whose}. FLOPs without recomputation. The paper's ratios of S-3B, on an L40, are 1.09 in training and "
+          "1.22 at inference.")
     return 0
 
 
@@ -507,10 +507,10 @@ def descriptions() -> dict:
     return read_json(Path(__file__).parent / "descriptions/thumos14.json")
 
 
-class OneBatch(list):
-    """One batch in place of a DataLoader."""
-    def __init__(self, batch):
-        super().__init__([batch])
+class Batches(list):
+    """Batches in place of a DataLoader."""
+    def __init__(self, batches: list):
+        super().__init__(batches)
         self.dataset = self.batch_sampler = SimpleNamespace()
         self.generator = torch.Generator()
 
@@ -519,7 +519,7 @@ def train_step(run: Run, batch: Batch, use_language: bool, layout: str = "frames
     """One step of Algorithm 1's epoch of this kind, as train.py does it."""
     if use_language:
         run.model.language.layout = layout
-    (vision_language_epoch if use_language else vision_only_epoch)(run, OneBatch(batch))
+    (vision_language_epoch if use_language else vision_only_epoch)(run, Batches([batch]))
 
 
 def model_flops(run: Run, batch: Batch, use_language: bool = True, layout="frames-first", cached=None,

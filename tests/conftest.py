@@ -10,6 +10,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import vlm
 from data import Batch
@@ -48,3 +49,16 @@ def feature_batch(lengths, L=None, V=8, seed=0, segments=None, labels=None):
     segments = segments or [torch.tensor([[1.0, 6.0]])] * len(lengths)
     labels = labels or [torch.tensor([1])] * len(lengths)
     return Batch(inputs, mask, segments, labels, windows=[])
+
+
+class NoWaiting(TorchDispatchMode):
+    """Raises at what would let a CPU wait for its GPU: a value read, or a shape that depends on values."""
+    aten = torch.ops.aten
+    waits = {aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten.is_nonzero, aten.equal, aten._unique2}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        boolean = function.overloadpacket in (self.aten.index, self.aten.index_put, self.aten.index_put_) and any(
+            index is not None and index.dtype == torch.bool for index in args[1])
+        if boolean or function.overloadpacket in self.waits:
+            pytest.fail(f"{function} would wait for a GPU")
+        return function(*args, **(kwargs or {}))

@@ -4,8 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import feature_batch
-from torch.utils._python_dispatch import TorchDispatchMode
+from conftest import NoWaiting, feature_batch
 
 from advantage import advantage_loss, frame_classes, language_advantage
 from data import Window
@@ -148,19 +147,6 @@ def test_every_kind_of_layer_is_compiled(make_model, monkeypatch):
             model(batch, use_language=True)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 8
     torch._dynamo.reset()
-
-
-class NoWaiting(TorchDispatchMode):
-    """Raises at what would let a CPU wait for its GPU: a value read, or a shape that depends on values."""
-    aten = torch.ops.aten
-    waits = {aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten.is_nonzero, aten.equal, aten._unique2}
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        boolean = function.overloadpacket in (self.aten.index, self.aten.index_put, self.aten.index_put_) and any(
-            index is not None and index.dtype == torch.bool for index in args[1])
-        if boolean or function.overloadpacket in self.waits:
-            pytest.fail(f"{function} would wait for a GPU")
-        return function(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("changes", [{}, {"layout": "text-first"}, {"lambda_lang": "generated"}, {"use_vision": False},

@@ -1,14 +1,14 @@
 """Algorithm 1 and §3.6: the order of events, Eq. 9, the optimizer, checkpoints that resume."""
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import feature_batch
+from conftest import NoWaiting, feature_batch
 
 import checkpoint
 import train
 from advantage import language_advantage
+from benchmark import Batches
 from head import detection_loss
 from model import TINY_VISION
 from train import Run, lr_factor, vision_language_epoch, vision_only_epoch
@@ -20,14 +20,6 @@ def flags(*more):
                            "--ema", "0.5", *more])
 
 
-class Loader(list):
-    """Batches in place of a DataLoader."""
-    def __init__(self, batches):
-        super().__init__(batches)
-        self.dataset = self.batch_sampler = SimpleNamespace()
-        self.generator = torch.Generator()
-
-
 @pytest.fixture
 def make_run(make_model):
     def make(*more, **config):
@@ -37,7 +29,7 @@ def make_run(make_model):
 
 @pytest.fixture
 def loader():
-    return Loader([feature_batch([12, 8], seed=1), feature_batch([10, 12], seed=2)])
+    return Batches([feature_batch([12, 8], seed=1), feature_batch([10, 12], seed=2)])
 
 
 def snapshot(run):
@@ -88,6 +80,17 @@ def test_algorithm1_vision_language_epoch_uses_the_means_and_leaves_them(make_ru
     assert {"loss_cls", "loss_loc", "loss_tg", "loss_adv", "lambda_lang"} <= set(terms)
 
 
+@pytest.mark.parametrize("more", [[], ["--accumulate", "2"]])
+def test_no_optimizer_step_waits_for_a_gpu(make_run, loader, more):
+    """Both kinds of epoch with clipping, AdamW and the average; the log's look at the values is left out."""
+    run = make_run(*more)
+    run.look, run.end_epoch = lambda: None, lambda: None
+    with NoWaiting():
+        vision_only_epoch(run, loader)
+        vision_language_epoch(run, loader)
+    assert run.global_step == (2 if more else 4)
+
+
 def test_eq9_is_the_weighted_sum(make_run, loader):
     run = make_run("--lambda-tg", "0.3", "--lambda-adv", "0.7", "--lambda-loc", "0.5")
     run.model.class_mean.previous.fill_(2.0)
@@ -104,7 +107,7 @@ def test_bfloat16_follows_the_losses_of_float32(make_run):
                                dtype=dtype), []
         step = run.step
         run.step = lambda loss, **terms: (losses.append(loss.item()), step(loss, **terms))
-        loader = Loader([feature_batch([16, 12], L=16), feature_batch([16, 16])])
+        loader = Batches([feature_batch([16, 12], L=16), feature_batch([16, 16])])
         for i, batch in enumerate(loader):
             batch.inputs = torch.randint(0, 256, (2, 16, 3, 32, 32), generator=torch.Generator().manual_seed(i)).byte()
         torch.manual_seed(0)
