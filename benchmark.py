@@ -128,9 +128,12 @@ def peak_memory(call: Callable, device: str) -> str:
     try:
         ctypes.CDLL(None).malloc_trim(0)                                 # what was freed before goes back to the system
         Path("/proc/self/clear_refs").write_text("5")                    # the peak is what is in use now
+        told = True
     except (OSError, AttributeError):
-        return "-"
+        told = False
     call()
+    if not told:
+        return "-"
     kilobytes = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]
     return f"{int(kilobytes) / 2**20:.2f} GiB"
 

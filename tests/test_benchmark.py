@@ -115,6 +115,12 @@ def test_peak_memory_sees_what_a_call_takes():
     assert small == large == "-" or float(large.split()[0]) > float(small.split()[0]) + 0.2
 
 
+def test_peak_memory_makes_the_call_where_nothing_tells_the_memory(monkeypatch):
+    called = []
+    monkeypatch.setattr(benchmark.ctypes, "CDLL", lambda name: object())            # another C library than glibc
+    assert benchmark.peak_memory(lambda: called.append(1), "cpu") == "-" and called == [1]
+
+
 def test_model_flops_are_those_of_a_step_without_recomputation():
     run, batch = benchmark.random_run("S", "1.5B", benchmark.get_args(["full-size", "--device", "cpu"]))
     for use_language in (True, False):
