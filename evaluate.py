@@ -392,7 +392,8 @@ def answer(model, test, trained, max_new_tokens: int = 256) -> Answers:
                 proposals = parse_proposals(text, classes)
                 segments = torch.tensor([pair for _, *pair in proposals], dtype=torch.float32).reshape(-1, 2)
                 labels = torch.tensor([classes.index(label) for label, *_ in proposals], dtype=torch.long)
-                found[window.video.name].append((segments + window.start, 1 / (1 + torch.arange(len(proposals))), labels))
+                scores = 1 / (1 + torch.arange(len(proposals)))
+                found[window.video.name].append((segments + window.start, scores, labels))
                 answers.append(dict(video=window.video.name, start=window.start, length=window.length, text=text,
                                     proposals=proposals))
     return Answers(merge_windows(found, test, classes, **nms_flags(trained)), answers, {})
