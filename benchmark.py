@@ -84,6 +84,12 @@ def main(argv=None) -> int:
 
 
 def get_args(argv=None) -> argparse.Namespace:
+    args = build_parser().parse_args(argv)
+    args.size = args.size or ("full" if args.device.startswith("cuda") else "reduced")
+    return args
+
+
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=[*sorted(BENCHMARKS), "efficiency", "full-size"], help="which table")
     parser.add_argument("--only", default="", metavar="NAME", help="only the rows with NAME in them, in any case")
@@ -91,9 +97,7 @@ def get_args(argv=None) -> argparse.Namespace:
                         help="of full-size and efficiency")
     parser.add_argument("--size", choices=["full", "reduced"], help="of the models there (default: full on a GPU)")
     parser.add_argument("--compile", action="store_true", help="their layers as compiled code, as train.py --compile")
-    args = parser.parse_args(argv)
-    args.size = args.size or ("full" if args.device.startswith("cuda") else "reduced")
-    return args
+    return parser
 
 
 def median_times(runs: tuple[Callable, ...], device: str = "cpu", seconds: float = 20, repeats: int = 0) -> list[float]:

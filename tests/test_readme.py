@@ -3,6 +3,7 @@ import ast
 import re
 from pathlib import Path
 
+import benchmark
 import evaluate
 import reproduce
 import train
@@ -36,7 +37,7 @@ def test_the_table_has_all_nine_equations_and_the_algorithm():
 
 
 def test_every_flag_in_the_readme_exists():
-    known = " ".join(" ".join(module.build_parser().format_help().split()) for module in (train, evaluate, reproduce))
+    known = " ".join(" ".join(module.build_parser().format_help().split()) for module in (train, evaluate, reproduce, benchmark))
     for flag in set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)):
         assert flag in known, flag
 

@@ -19,13 +19,14 @@ import peft                                                     # noqa: F401, on
 import pytest
 import torch
 from conftest import feature_batch
-from test_train import Loader, flags as run_flags
+from test_train import flags as run_flags
 from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM             # noqa: F401, the same
 
 import annotations
 import checkpoint
 import data
 import train
+from benchmark import Batches
 from train import vision_language_epoch, vision_only_epoch
 
 EPOCHS, VIDEOS = 8, 5
@@ -259,7 +260,7 @@ def batches(*bad, value=math.nan):
                          for x, segments, labels in zip("ab", batch.segments, batch.labels)]
     for i in bad:
         made[i].inputs[1, 3] = value
-    return Loader(made)
+    return Batches(made)
 
 
 def everything(run) -> dict:
@@ -306,7 +307,7 @@ def test_without_the_flag_it_stops_and_the_checkpoint_is_clean(make_model, tmp_p
     assert (header["epoch"], header["windows"], header["step"]) == ("0", "3", "3")
     again = train.Run(make_model(), run_flags(), 6)
     train.load_checkpoint(tmp_path / "checkpoint.safetensors", again)
-    assert again.batches_done == 3 and math.isfinite(vision_only_epoch(again, Loader(batches()[3:]))["loss"])
+    assert again.batches_done == 3 and math.isfinite(vision_only_epoch(again, Batches(batches()[3:]))["loss"])
 
 
 def test_a_gradient_that_is_not_finite_counts_too(make_model, capsys):
