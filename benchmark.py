@@ -367,13 +367,12 @@ def where(args: argparse.Namespace) -> str:
 def full_size_row(vision: str, qwen: str, args: argparse.Namespace, peak: float) -> str:
     """The cells of a Markdown row after the name."""
     run, batch = random_run(vision, qwen, args)
-    how, times = (args.device, 0, int(is_slow(args))), []
-    steps = tuple(partial(train_step, run, batch, use_language) for use_language in (False, True))
-    memory = peak_memory(lambda: times.extend(median_times(steps, *how)), args.device)
+    steps, times = tuple(partial(train_step, run, batch, use_language) for use_language in (False, True)), []
+    memory = peak_memory(lambda: times.extend(model_times(steps, args)), args.device)
     (without, full), flops = times, model_flops(run, batch, training=True)
     infer, prompt = partial(inference, run, batch), []
     infers = partial(infer, False), infer, partial(infer, layout="text-first", cached=prompt)
-    alone, whole, cached = median_times(infers, *how)                    # the first call with a prompt keeps it
+    alone, whole, cached = model_times(infers, args)                     # the first call with a prompt keeps it
     tokens = run.model.language.sequence_length(batch.mask.size(1))
     parameters = sum(p.numel() for p in run.model.parameters())
     mfu = f"{flops / 1e12:.3g} TFLOPs, " + (f"{flops / full / peak:.0%}" if peak else "-")
@@ -382,9 +381,10 @@ def full_size_row(vision: str, qwen: str, args: argparse.Namespace, peak: float)
             f"{mfu} |")
 
 
-def is_slow(args: argparse.Namespace) -> bool:
-    """Full size on a CPU: a step takes minutes, so that it is timed once after its warm-up."""
-    return args.size == "full" and not args.device.startswith("cuda")
+def model_times(runs: tuple[Callable, ...], args: argparse.Namespace) -> list[float]:
+    """`median_times`, but at full size on a CPU, where a step takes minutes, of one time each after the warm-up."""
+    slow = args.size == "full" and not args.device.startswith("cuda")
+    return median_times(runs, args.device, 0, repeats=1 if slow else REPEATS)
 
 
 class Way(NamedTuple):
@@ -398,15 +398,15 @@ class Way(NamedTuple):
 
 def efficiency(args: argparse.Namespace) -> int:
     """Table 6: prints what language costs ActionVLM-S-3B in time and memory, a row for each way to run it."""
-    reduced, device, how = args.size == "reduced", args.device, (args.device, 0, int(is_slow(args)))
+    reduced, device = args.size == "reduced", args.device
     print(where(args))
     model = partial(random_run, "S", "3B", args, L=768)                   # gives the prompt its share of the tokens
     ways = [way_to_run("vision only", *model(lambda_lang=0.0), args)]
     run, batch = model()                                                 # not before: it would add to the memory above
     ways += [way_to_run(f"full, {name}", run, batch, args, *how) for name, *how in (
         ("frames-first",), ("text-first", "text-first"), ("text-first, cached prompt", "text-first", []))]
-    *steps, without = median_times((*(way.step for way in ways[:3]), partial(train_step, run, batch, False)), *how)
-    infer = median_times(tuple(way.infer for way in ways), *how)
+    *steps, without = model_times((*(way.step for way in ways[:3]), partial(train_step, run, batch, False)), args)
+    infer = model_times(tuple(way.infer for way in ways), args)
     ratios = [(without + step) / 2 / steps[0] for step in steps[1:]]
     training = [f"{duration(steps[0])} | - | 1.00", *(f"{duration(without)} | {duration(step)} | {ratio:.2f}"
                                                       for step, ratio in zip(steps[1:], ratios)), "- | - | -"]
@@ -422,8 +422,8 @@ def efficiency(args: argparse.Namespace) -> int:
           f"tokens, {len(run.model.language.prompt_ids)} of them the prompt; "
           f"{REDUCED if reduced else 'LoRA of rank 128'}; activation checkpointing. Times are of one window, medians, "
           "all rows in turn; ratios are to vision only, that of training of the mean of both kinds of epoch. Memory is "
-          f"the peak{whose}. FLOPs without recomputation. The paper's ratios of S-3B, on an L40, are 1.09 in training and "
-          "1.22 at inference.")
+          f"the peak{whose}. FLOPs without recomputation. The paper's ratios of S-3B, on an L40, are 1.09 in training "
+          "and 1.22 at inference.")
     return 0
 
 
@@ -466,18 +466,18 @@ def random_run(vision: str, qwen: str, args: argparse.Namespace, L: int = 32, la
     """(Run of a model with random weights and activation checkpointing, batch of one window of random frames).
     L: steps of the window of a reduced model."""
     torch.manual_seed(0)
-    device, reduced, compiled = args.device, args.size == "reduced", args.compile
+    device, reduced = args.device, args.size == "reduced"
     L, side = (L, 32) if reduced else (768, 160)
-    args = get_train_args(["--dataset", "thumos14", "--videos", "-", "--annotations", "-", "--device", device,
-                           "--window", str(L), *(["--lora-rank", "8"] if reduced else ["--dtype", "bfloat16"])])
+    flags = get_train_args(["--dataset", "thumos14", "--videos", "-", "--annotations", "-", "--device", device,
+                            "--window", str(L), *(["--lora-rank", "8"] if reduced else ["--dtype", "bfloat16"])])
     encoder = dict(sizes(VISION[vision], reduced), image_size=side, pretrained_image_size=224)
-    config = Config(descriptions(), "random", sizes(QWEN[qwen], reduced)["hidden_size"], dtype=args.dtype,
-                    vision=encoder, lora_rank=args.lora_rank, lora_alpha=args.lora_alpha, head_window=0,
+    config = Config(descriptions(), "random", sizes(QWEN[qwen], reduced)["hidden_size"], dtype=flags.dtype,
+                    vision=encoder, lora_rank=flags.lora_rank, lora_alpha=flags.lora_alpha, head_window=0,
                     lambda_lang=lambda_lang, width=64 if reduced else 512)
     with random_language_model(qwen, reduced):
-        run = Run(ActionVLM(config).to(device), args, steps_per_epoch=1000)
+        run = Run(ActionVLM(config).to(device), flags, steps_per_epoch=1000)
     run.model.checkpointing()
-    if compiled:
+    if args.compile:
         run.model.compile_layers()
     frames = torch.randint(0, 256, (1, L, 3, side, side), dtype=torch.uint8)
     segments = torch.tensor([[0.1, 0.3], [0.5, 0.6]]) * L

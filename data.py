@@ -258,8 +258,8 @@ def process_rank() -> tuple:
 
 
 def mean_over_all(total: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
-    """total / count, of what this process has; 0 if none. With several processes, whose gradients are averaged: so that
-    the average over processes is the mean over what all of them have, however unevenly."""
+    """total (any shape) / count (), of what this process has; 0 if none. With several processes, whose gradients are
+    averaged: so that the average over processes is the mean over what all of them have, however unevenly."""
     processes = process_rank()[1]
     if processes > 1:
         count = count.clone()

@@ -71,10 +71,10 @@ def vision_language_epoch(run, loader) -> dict:
         predicted = args.lambda_lang == "learned" and args.features_used == "both"
         lambda_adv = args.lambda_adv if predicted else 0.0                        # another weight has no use for it
         loss = dh.loss_dh + args.lambda_tg * output.text_loss + lambda_adv * loss_adv  # line 16: Eq. 9
-        frames = batch.mask.sum()
+        sums = torch.stack([output.lambda_lang.sum(), (advantage * batch.mask).sum()])
+        lambda_lang, advantage = mean_over_all(sums, batch.mask.sum())            # for the log
         run.step(loss, loss_cls=dh.loss_cls, loss_loc=dh.loss_loc, loss_tg=output.text_loss, loss_adv=loss_adv,
-                 lambda_lang=mean_over_all(output.lambda_lang.sum(), frames),
-                 advantage=mean_over_all((advantage * batch.mask).sum(), frames))
+                 lambda_lang=lambda_lang, advantage=advantage)
     return run.end_epoch()
 
 

@@ -307,7 +307,7 @@ class LanguageModel(nn.Module):
         with self.autocast(hidden.device):
             logits = self.lm.get_base_model().lm_head(hidden.flatten(0, 1).index_select(0, here))    # (n, vocabulary)
         loss = F.cross_entropy(logits.float(), targets, reduction="sum")
-        return mean_over_all(loss, torch.ones_like(targets).sum())                  # Eq. 8
+        return mean_over_all(loss, torch.full((), len(targets), device=loss.device))    # Eq. 8
 
     def probability_of_yes(self, f_adv: torch.Tensor) -> torch.Tensor:
         """(B, L, D) -> (B, L): what the output layer gives "yes" against "no" at [adv] (Table 4, generated lambda)."""

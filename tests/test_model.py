@@ -136,7 +136,7 @@ def test_every_kind_of_layer_is_compiled(make_model, monkeypatch):
     monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
     monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
     torch._dynamo.reset()
-    model = make_model(feature_dim=0, vision=TINY_VISION)
+    model, before = make_model(feature_dim=0, vision=TINY_VISION), torch._dynamo.utils.counters["stats"]["unique_graphs"]
     model.compile_layers(backend="eager")
     for lengths, (layout, training) in itertools.product(([16, 16], [16, 12]), (("frames-first", True), ("frames-first", False),
                                                                              ("text-first", False))):
@@ -145,7 +145,7 @@ def test_every_kind_of_layer_is_compiled(make_model, monkeypatch):
         model.language.layout = layout
         with torch.set_grad_enabled(training):
             model.train(training)(batch)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 8
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - before > 8         # the counter is of all tests
     torch._dynamo.reset()
 
 
