@@ -1,11 +1,11 @@
-"""reproduce.py - the paper's ablations (Tables 2, 3, 4, 5, 9) on the demo, or on data of your own, as one report.
+"""experiments/reproduce.py - the paper's ablations (Tables 2, 3, 4, 5, 9) as one report.
 
-    python reproduce.py --out out-tables                            # all of them, seeds 0 1 2
-    python reproduce.py --out out-tables --only 4 --seeds 0         # one table, one seed
-    python reproduce.py --out out-tables --only 2 3 4 9 -- --dataset custom --features DIR ...   # other data
+    python -m experiments.reproduce --out out-tables                     # the demo, seeds 0 1 2
+    python -m experiments.reproduce --out out-tables --only 4 --seeds 0  # one table, one seed
+    python -m experiments.reproduce --out out-tables --only 2 4 -- --dataset custom ...
 
-Every run is `python train.py ...` and `python evaluate.py ...` into OUT/NAME-seedS. What has its figures is not run
-again, and a run that was stopped goes on where it was. Writes OUT/report.md.
+Every run trains and scores a model in OUT/NAME-seedS. A run whose figures are there is not
+repeated, and a run that was stopped goes on. The report is OUT/report.md.
 """
 import argparse
 import json
@@ -14,68 +14,87 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from statistics import mean, stdev
 from typing import NamedTuple
 
-from annotations import InputError, is_number, read_json
-from data import PRESETS, make_demo
-from evaluate import LEVELS, check_ranges, read_reference
+from experiments.bias import LEVELS, read_reference
+from support.annotations import InputError, is_number, read_json
+from support.demo import make_demo
+from support.flags import integer, run_command
+from support.presets import PRESETS
 
-HERE = Path(__file__).parent
+ROOT = Path(__file__).parents[1]
 RUNS = {                                                     # name -> flags of train.py
     "vision-only": ["--lambda-lang", "0"],                   # first: Table 3 measures against it
     "full": [],
-    "language-only": ["--features-used", "language"],
-    "without-adv": ["--lambda-adv", "0"],
+    "language-only": ["--ablation", "only-language"],
+    "without-adv": ["--ablation", "without-adv"],
     "generated": ["--lambda-lang", "generated"],
-    **{f"fixed-{value}": ["--lambda-lang", value] for value in ("1.0", "0.8", "0.6", "0.4", "0.2")},
-    "labels": ["--prompt", "labels"],
-    "vision-tokens": ["--lang-tokens", "vision"],
-    "shared-token": ["--lang-tokens", "shared"],
-    "without-tg": ["--lambda-tg", "0"],
+    **{f"fixed-{x}": ["--lambda-lang", x] for x in ("1.0", "0.8", "0.6", "0.4", "0.2")},
+    "labels": ["--ablation", "labels-only"],
+    "vision-tokens": ["--ablation", "vision-tokens"],
+    "shared-token": ["--ablation", "shared-token"],
+    "without-tg": ["--ablation", "without-tg"],
+}
+COMMANDS = {                                                 # file of figures -> what writes it
+    "figures.json": ["evaluate.py"],
+    "bias.json": ["experiments.bias"],
+    "qa.json": ["experiments.question_answering"],
+    "groups.json": ["experiments.bias"],                     # and group_flags
+    "incomplete.json": ["experiments.bias", "--incomplete"],
 }
 
 
 class Table(NamedTuple):
-    """One table of the paper. A column: (heading, where in the file of figures or "hard", factor). A row: (label, run,
-    file of figures, the paper's figures on THUMOS14, one a column, None where there is none)."""
+    """One table of the paper."""
     title: str
-    columns: list
-    rows: list
+    columns: list           # (heading, keys in the file of figures or "hard", factor)
+    rows: list              # (label, run, file of figures, the paper's figures on THUMOS14)
     main: int = 0           # the column whose order is compared with the paper's
 
 
 MAP = ("average mAP", ("average",), 100)
 HARD = ("hard classes", "hard", 100)          # the paper's: Billiards and FrisbeeCatch
-LAMBDAS = {"1.0": "fixed-1.0", "0.8": "fixed-0.8", "0.6": "fixed-0.6", "0.4": "fixed-0.4", "0.2": "fixed-0.2",
-           "0.0": "vision-only"}
+GROUPS = []
+for level in LEVELS:
+    for key, factor in (("mAP", 100), ("gain", 100), ("mLA", 1)):
+        GROUPS.append((f"{level} {key}", ("groups", level, key), factor))
 TABLES = {
     2: Table("Table 2: modality bias and hallucinations", [
-        MAP, ("fixed", ("hallucination", "fixed"), 100), ("infinite", ("hallucination", "infinite"), 100),
-        ("LAP", ("LAP",), 100)], [
+        MAP, ("fixed", ("hallucination", "fixed"), 100),
+        ("infinite", ("hallucination", "infinite"), 100), ("LAP", ("LAP",), 100)], [
         ("question answering (paper: Timemarker)", "full", "qa.json", (42.9, 8.7, 11.2, 16.5)),
         ("only language features", "language-only", "bias.json", (59.3, 0.0, 0.0, 8.8)),
         ("only vision features", "vision-only", "figures.json", (69.9, 0.0, 0.0, None)),
         ("full", "full", "bias.json", (72.0, 0.0, 0.0, 2.6))]),
-    3: Table("Table 3: by visual ambiguity", [
-        (f"{level} {name}", ("groups", level, key), factor) for level in LEVELS
-        for name, key, factor in (("mAP", "mAP", 100), ("gain", "gain", 100), ("mLA", "mLA", 1))], [
-        ("vision only", "vision-only", "groups.json", (93.2, None, None, 76.1, None, None, 31.1, None, None)),
-        ("learnable, without L_adv", "without-adv", "groups.json", (86.6, -6.6, .16, 78.5, 2.4, .20, 35.4, 4.3, .23)),
-        ("full", "full", "groups.json", (89.3, -3.9, .08, 78.6, 2.5, .19, 40.1, 9.0, .36))], main=6),
+    3: Table("Table 3: by visual ambiguity", GROUPS, [
+        ("vision only", "vision-only", "groups.json",
+         (93.2, None, None, 76.1, None, None, 31.1, None, None)),
+        ("learnable, without L_adv", "without-adv", "groups.json",
+         (86.6, -6.6, .16, 78.5, 2.4, .20, 35.4, 4.3, .23)),
+        ("full", "full", "groups.json",
+         (89.3, -3.9, .08, 78.6, 2.5, .19, 40.1, 9.0, .36))], main=6),
     4: Table("Table 4: weight of language", [MAP, HARD], [
-        *((f"fixed {value}", run, "figures.json", paper) for (value, run), paper in zip(LAMBDAS.items(), (
-            (69.2, 30.75), (69.6, 31.8), (70.2, 34.65), (70.8, 35.5), (70.6, 34.95), (69.9, 31.35)))),
+        ("fixed 1.0", "fixed-1.0", "figures.json", (69.2, 30.75)),
+        ("fixed 0.8", "fixed-0.8", "figures.json", (69.6, 31.8)),
+        ("fixed 0.6", "fixed-0.6", "figures.json", (70.2, 34.65)),
+        ("fixed 0.4", "fixed-0.4", "figures.json", (70.8, 35.5)),
+        ("fixed 0.2", "fixed-0.2", "figures.json", (70.6, 34.95)),
+        ("fixed 0.0", "vision-only", "figures.json", (69.9, 31.35)),
         ("generated by the language model", "generated", "figures.json", (70.1, 32.0)),
         ("learnable, without L_adv", "without-adv", "figures.json", (70.7, 35.35)),
         ("full", "full", "bias.json", (72.0, 40.1))]),
     5: Table("Table 5: incomplete actions", [
         (key, (key,), 100) for key in ("mConf", "mLen", "acc@0.3", "acc@0.5", "acc@0.7")], [
-        *((f"fixed {value}", run, "incomplete.json", paper) for (value, run), paper in zip(LAMBDAS.items(), (
-            (4.7, 52.5, 12.5, 37.5, 67.5), (4.6, 52.4, 12.5, 37.5, 70.0), (4.5, 51.2, 15.0, 42.5, 72.5),
-            (4.4, 50.0, 15.0, 42.5, 75.0), (4.6, 51.9, 10.0, 35.0, 67.5), (5.0, 56.9, 5.0, 30.0, 57.5)))),
+        ("fixed 1.0", "fixed-1.0", "incomplete.json", (4.7, 52.5, 12.5, 37.5, 67.5)),
+        ("fixed 0.8", "fixed-0.8", "incomplete.json", (4.6, 52.4, 12.5, 37.5, 70.0)),
+        ("fixed 0.6", "fixed-0.6", "incomplete.json", (4.5, 51.2, 15.0, 42.5, 72.5)),
+        ("fixed 0.4", "fixed-0.4", "incomplete.json", (4.4, 50.0, 15.0, 42.5, 75.0)),
+        ("fixed 0.2", "fixed-0.2", "incomplete.json", (4.6, 51.9, 10.0, 35.0, 67.5)),
+        ("fixed 0.0", "vision-only", "incomplete.json", (5.0, 56.9, 5.0, 30.0, 57.5)),
         ("learnable", "full", "incomplete.json", (3.8, 48.8, 15.0, 45.0, 80.0))]),
     9: Table("Table 9: descriptions, tokens, text generation", [MAP], [
         ("without descriptions", "labels", "figures.json", (70.7,)),
@@ -86,81 +105,86 @@ TABLES = {
 }
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    flag = parser.add_argument
-    flag("--out", required=True, metavar="DIR", help="folder for the runs and report.md")
-    flag("--only", type=int, nargs="+", choices=sorted(TABLES), default=sorted(TABLES), help="tables (default: all)")
-    flag("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of every run (default: 0 1 2)")
-    flag("--epochs", type=int, help="epochs of every run (default: those of the preset)")
-    flag("--jobs", type=int, default=2, help="runs at a time; they share the cores of the machine (%(default)s)")
-    flag("train_flags", nargs="*", help="after --: more flags for train.py, for other data than the demo")
-    return parser
-
-
 def main(argv=None) -> int:
     """Returns the exit code: 0, or 2 for a mistake in the flags or a run that failed."""
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    check_ranges(parser, args, {"jobs": (1, 1024), "seeds": (0, 1e9), "epochs": (0, 1e9)})
-    args.out = Path(args.out)
-    try:
-        keep_settings(args)
-        tasks = needed(args)
-        if "--annotations" not in args.train_flags:
-            make_demo(Path(PRESETS["demo"]["annotations"]).parent)       # here, so that no two runs render it
-        with ThreadPoolExecutor(args.jobs) as pool:
-            for files in (lambda f: f != "groups.json", lambda f: f == "groups.json"):   # groups need the reference
-                list(pool.map(lambda task: run(args, *task, files), tasks))
-        text = report(args)
-    except (InputError, OSError) as error:
-        print(f"reproduce.py: error: {error}", file=sys.stderr)
-        return 2
+    return run_command("reproduce.py", reproduce, get_args(argv))
+
+
+def reproduce(args) -> None:
+    """Do the runs that are not there yet, then print the report and write report.md."""
+    keep_settings(args)
+    if "--annotations" not in args.train_flags:               # here, so that no two runs render it
+        make_demo(Path(PRESETS["demo"]["annotations"]).parent)
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for groups in (False, True):                          # groups.json needs all figures.json
+            list(pool.map(partial(run, args, groups), needed(args)))
+    text = report(args)
     (args.out / "report.md").write_text(text)
     print(f"{text}\nwrote {args.out / 'report.md'}")
-    return 0
+
+
+def get_args(argv=None):
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    flag, tables = parser.add_argument, sorted(TABLES)
+    flag("--out", required=True, type=Path, metavar="DIR", help="folder of runs and report.md")
+    flag("--only", type=int, nargs="+", choices=tables, default=tables, help="tables (all)")
+    flag("--seeds", type=integer(), nargs="+", default=[0, 1, 2], help="of every run (0 1 2)")
+    flag("--epochs", type=integer(), help="epochs of every run (default: those of the preset)")
+    flag("--jobs", type=integer(1, 1024), default=2, help="runs at a time (%(default)s)")
+    flag("train_flags", nargs="*", help="after --: flags for train.py, for other data")
+    return parser.parse_args(argv)
 
 
 def keep_settings(args) -> None:
-    """All runs in a folder have the same epochs and data; InputError where an earlier call had others."""
+    """All runs in a folder have the same epochs and data; InputError if an earlier call differs."""
     args.out.mkdir(parents=True, exist_ok=True)
-    file, ours = args.out / "settings.json", {"epochs": args.epochs, "train_flags": args.train_flags}
+    file = args.out / "settings.json"
+    ours = {"epochs": args.epochs, "train_flags": args.train_flags}
     if file.exists() and read_json(file) != ours:
-        raise InputError(f"--out {args.out}: expected a folder of runs with {ours}, found {read_json(file)}; give the "
-                         f"same flags or another folder")
+        raise InputError(f"--out {args.out}: expected a folder of runs with {ours}, found "
+                         f"{read_json(file)}; give the same flags or another folder")
     file.write_text(json.dumps(ours))
 
 
 def needed(args) -> list:
-    """[(run, seed, files of figures)] of the chosen tables; no run twice, the vision-only ones first."""
+    """[(run, seed, files of figures)] of the chosen tables, each run once, vision-only first."""
     files = {}
     for number in args.only:
         for _, name, file, _ in TABLES[number].rows:
             files.setdefault(name, set()).add(file)
     if "vision-only" in files:
-        files["vision-only"].add("figures.json")                         # which classes are easy and hard
-    return [(name, seed, sorted(files[name])) for name in RUNS if name in files for seed in args.seeds]
+        files["vision-only"].add("figures.json")              # which classes are easy and hard
+    return [(name, seed, sorted(files[name])) for name in RUNS if name in files
+            for seed in args.seeds]
 
 
-def run(args, name: str, seed: int, files: list, wanted) -> None:
-    """Train one run if it is not trained, then write those of its files of figures that are wanted and not there."""
+def run(args, groups: bool, task: tuple) -> None:
+    """Train one run of `needed` if it is not trained, then write its figures that are not there.
+
+    groups: write groups.json alone, or everything but groups.json.
+    """
+    name, seed, files = task
     folder = args.out / f"{name}-seed{seed}"
-    missing = [file for file in files if wanted(file) and not (folder / file).exists()]
-    if missing and not (folder / "report.png").exists():                 # the last thing that train.py writes
-        more = ["--resume"] if (folder / "checkpoint.safetensors").exists() else ["--overwrite"]
-        more += ["--epochs", args.epochs] if args.epochs is not None else []
-        command(args, folder, "train.py", "--out", folder, "--seed", seed, *RUNS[name], *args.train_flags, *more)
+    chosen = [file for file in files if (file == "groups.json") == groups]
+    missing = [file for file in chosen if not (folder / file).exists()]
+    if missing and not (folder / "report.png").exists():      # the last file that train.py writes
+        resume = (folder / "checkpoint.safetensors").exists()
+        flags = [*RUNS[name], *args.train_flags, "--resume" if resume else "--overwrite"]
+        if args.epochs is not None:
+            flags += ["--epochs", args.epochs]
+        command(args, folder, "train.py", "--out", folder, "--seed", seed, *flags)
     for file in missing:
-        flags = {"figures.json": [], "bias.json": ["--bias"], "qa.json": ["--formulation", "qa"],
-                 "incomplete.json": ["--incomplete"]}.get(file)
-        if flags is None:
+        program, *flags = COMMANDS[file]
+        if file == "groups.json":
             flags = group_flags(args.out / f"vision-only-seed{seed}" / "figures.json")
-        command(args, folder, "evaluate.py", "--checkpoint", folder, *flags, "--json", folder / f"{file}.partial")
-        os.replace(folder / f"{file}.partial", folder / file)            # never half a file
+        unfinished = folder / f"{file}.partial"               # never half a file
+        command(args, folder, program, "--checkpoint", folder, *flags, "--json", unfinished)
+        os.replace(unfinished, folder / file)
 
 
 def group_flags(reference: Path) -> list:
-    """--groups with thresholds that make a third of the classes easy and a third hard for the vision-only run."""
+    """Make a third of the classes easy and a third hard for the vision-only run."""
     AP = sorted(read_reference([str(reference)]).values())
     third = len(AP) // 3
     return ["--groups", reference, "--hard", AP[third], "--easy", AP[-max(1, third)]]
@@ -173,57 +197,75 @@ def hard_mAP(figures: dict, reference: Path) -> float:
     return mean(mean(figures["AP"][name]) for name in hard)
 
 
-def command(args, folder: Path, script: str, *flags) -> None:
-    """Run one of our commands; what it prints goes to FOLDER/commands.log. InputError if it fails."""
+def command(args, folder: Path, program: str, *flags) -> None:
+    """Run a file or module of the project, which prints into FOLDER/commands.log.
+
+    It runs in the caller's working directory, for the paths in `flags`. InputError if it fails.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    place = [str(ROOT / program)] if program.endswith(".py") else ["-m", program]
+    words, started = [*place, *map(str, flags)], time.time()
     threads = str(max(1, (os.cpu_count() or 1) // args.jobs))
-    line, started = [sys.executable, str(HERE / script), *map(str, flags)], time.time()
+    path = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}".rstrip(os.pathsep)
+    environment = os.environ | {"OMP_NUM_THREADS": threads, "PYTHONPATH": path}
     with open(folder / "commands.log", "a") as log:
-        print("$", *line[1:], file=log, flush=True)
-        code = subprocess.run(line, stdout=log, stderr=subprocess.STDOUT,
-                              env=os.environ | {"OMP_NUM_THREADS": threads}).returncode
-    if code:
-        raise InputError(f"{script} ended with code {code} in {folder}; its last lines:\n"
-                         + "\n".join((folder / "commands.log").read_text().splitlines()[-5:]))
-    print(f"{folder.name}: {script} {time.time() - started:.0f} s", flush=True)
+        print("$", *words, file=log, flush=True)
+        done = subprocess.run([sys.executable, *words], env=environment,
+                              stdout=log, stderr=subprocess.STDOUT)
+    if done.returncode:
+        last = "\n".join((folder / "commands.log").read_text().splitlines()[-5:])
+        raise InputError(f"{program} ended with code {done.returncode} in {folder}; "
+                         f"its last lines:\n{last}")
+    print(f"{folder.name}: {program} {time.time() - started:.0f} s", flush=True)
 
 
-# ------------------------------------------------------------------------------------------------ the report
 def report(args) -> str:
-    """The tables in Markdown: mean ± standard deviation over the seeds, the paper's figure in brackets."""
-    flags = [*args.train_flags, *(["--epochs", str(args.epochs)] if args.epochs is not None else [])]
+    """The tables in Markdown."""
+    line = " ".join(["python train.py", *args.train_flags])
+    if args.epochs is not None:
+        line += f" --epochs {args.epochs}"
+    seeds = ", ".join(map(str, args.seeds))
     lines = ["# The paper's ablations", "",
-             f"`{' '.join(['python train.py', *flags])}`, seeds {', '.join(map(str, args.seeds))}. Figures in percent, "
-             "but mLA: mean ± standard deviation over the seeds (in brackets: the paper's, on THUMOS14)."]
+             f"`{line}`, seeds {seeds}. Figures in percent, but mLA: mean ± standard deviation "
+             f"over the seeds (in brackets: the paper's, on THUMOS14)."]
     if "--lm" not in args.train_flags:
-        lines += ["", "The language model here is small and of random weights: it knows nothing of actions, and these "
-                  "figures say nothing on whether one that does would help."]
+        lines += ["", "The language model here is small and has random weights. It knows nothing "
+                  "of actions, so these figures cannot say whether a real one would help."]
     for number in args.only:
-        table = TABLES[number]
-        values = [[collect(args, run, file, path, factor) for _, path, factor in table.columns]
-                  for _, run, file, _ in table.rows]
-        lines += ["", f"## {table.title}", "", "| | " + " | ".join(heading for heading, *_ in table.columns) + " |",
-                  "|:--|" + "--:|" * len(table.columns)]
-        for (label, _, _, paper), row in zip(table.rows, values):
-            digits = [1 if factor == 100 else 3 for *_, factor in table.columns]
-            lines.append(f"| {label} | " + " | ".join(map(cell, row, paper, digits)) + " |")
-        labels, column = [label for label, *_ in table.rows], table.main
-        lines += ["", f"{table.columns[column][0]}: " + compare(labels, [row[3][column] for row in table.rows],
-                                                                [row[column] for row in values])]
-        if number == 3:
-            lines += ["", "mLA of the full model: " + compare(LEVELS, table.rows[-1][3][2::3], values[-1][2::3])]
+        lines += report_table(args, number)
     return "\n".join(lines) + "\n"
 
 
-def collect(args, name: str, file: str, path, factor: float) -> list:
-    """One figure of a run for each seed; [] where it has none (such as a LAP without language)."""
+def report_table(args, number: int) -> list:
+    """Lines of one table, and of how its order compares with the paper's."""
+    title, columns, rows, main = TABLES[number]
+    values = []
+    for _, run, file, _ in rows:
+        values.append([collect(args, run, file, keys, factor) for _, keys, factor in columns])
+    headings = [heading for heading, _, _ in columns]
+    digits = [1 if factor == 100 else 3 for _, _, factor in columns]
+    lines = ["", f"## {title}", "", "| | " + " | ".join(headings) + " |",
+             "|:--|" + "--:|" * len(columns)]
+    for (label, _, _, paper), ours in zip(rows, values):
+        lines.append(f"| {label} | " + " | ".join(map(cell, ours, paper, digits)) + " |")
+    labels, papers = [row[0] for row in rows], [row[3] for row in rows]
+    order = compare(labels, [row[main] for row in papers], [row[main] for row in values])
+    lines += ["", f"{headings[main]}: {order}"]
+    if number == 3:
+        order = compare(LEVELS, papers[-1][2::3], values[-1][2::3])
+        lines += ["", f"mLA of the full model: {order}"]
+    return lines
+
+
+def collect(args, name: str, file: str, keys, factor: float) -> list:
+    """One figure of a run for each seed; [] if the run has no such figure, such as a LAP."""
     found = []
     for seed in args.seeds:
         value = read_json(args.out / f"{name}-seed{seed}" / file)
-        if path == "hard":
+        if keys == "hard":
             value = hard_mAP(value, args.out / f"vision-only-seed{seed}" / "figures.json")
         else:
-            for key in path:
+            for key in keys:
                 value = value.get(key) if isinstance(value, dict) else None
         if is_number(value):
             found.append(factor * value)
@@ -236,28 +278,39 @@ def spread(values: list) -> float:
 
 
 def cell(values: list, paper: float | None, digits: int) -> str:
-    """One cell: "94.1 ± 0.8 (72.0)"; "-" for what there is none of."""
-    ours = [f"{mean(values):.{digits}f}"] if values else ["-"]
-    ours += [f"± {spread(values):.{digits}f}"] if len(values) > 1 else []
-    return " ".join(ours + ([f"({paper:.{digits}f})"] if paper is not None else []))
+    """One cell: "94.1 ± 0.8 (72.0)"; "-" without figures."""
+    text = f"{mean(values):.{digits}f}" if values else "-"
+    if len(values) > 1:
+        text += f" ± {spread(values):.{digits}f}"
+    if paper is not None:
+        text += f" ({paper:.{digits}f})"
+    return text
 
 
 def compare(labels, paper, ours: list) -> str:
     """A sentence on the pairs that stand in another order than in the paper.
 
-    labels: n names. paper: n figures or None. ours: n lists of figures, one a seed.
+    labels: n names. paper: n figures or None. ours: n lists of figures, one for each seed.
     """
     rows = [row for row in zip(labels, paper, ours) if row[1] is not None and row[2]]
-    pairs = [(a, b) for a, b in combinations(rows, 2) if a[1] != b[1]]
-    other = [(a, b) for a, b in pairs if (a[1] - b[1]) * (mean(a[2]) - mean(b[2])) <= 0]
+    pairs, other, clear = 0, 0, []
+    for (a, paper_a, ours_a), (b, paper_b, ours_b) in combinations(rows, 2):
+        if paper_a == paper_b:
+            continue
+        pairs += 1
+        difference = mean(ours_a) - mean(ours_b)
+        if (paper_a - paper_b) * difference <= 0:
+            other += 1
+            if abs(difference) > spread(ours_a) + spread(ours_b):
+                clear.append(f"{a} / {b}")
     if not other:
-        return f"all {len(pairs)} pairs stand in the paper's order."
-    said = f"{len(other)} of {len(pairs)} pairs do not stand in the paper's order"
+        return f"all {pairs} pairs stand in the paper's order."
+    said = f"{other} of {pairs} pairs do not stand in the paper's order"
     if any(len(row[2]) < 2 for row in rows):
         return said + "; one seed cannot say whether by chance."
-    clear = [f"{a[0]} / {b[0]}" for a, b in other if abs(mean(a[2]) - mean(b[2])) > spread(a[2]) + spread(b[2])]
     named = f" ({', '.join(clear)})" if clear else ""
-    return f"{said}; {len(clear)} of these lie further apart than their two standard deviations together{named}."
+    return (f"{said}; {len(clear)} of these lie further apart than their two standard deviations "
+            f"together{named}.")
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""What a full-size run needs and the paper does not explain: files, weights, checkpoints, flags, pictures, the demo."""
+"""A full-size run needs these files, and the paper does not explain them."""

@@ -1,143 +1,196 @@
-"""checkpoint.py - what a run leaves on the disk, and how it stops: checkpoints, the log, whole files, signals."""
+"""support/checkpoint.py - what a run leaves on the disk, and how it stops.
+
+Checkpoints, the log, files that are written as a whole, signals.
+"""
 import argparse
 import json
 import os
+import shutil
 import signal
 import threading
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from annotations import InputError
-from data import process_rank
-from model import ActionVLM, Config
+from support.annotations import InputError
+from support.processes import rank, world_size
+
+FILES = ("checkpoint.safetensors", "log.jsonl", "result.json", "report.png")   # of a run, in --out
 
 
-def save_checkpoint(path: Path, run) -> None:
-    """Write a train.Run as one safetensors file: what was trained, the buffers, the optimizer, the weight average,
-    random state, the terms of the running epoch; and in its header the configuration, the flags and the position:
-    epochs done, windows done of the next one (so that another --batch-size can go on), steps. Random state and terms
-    are the first process's."""
-    tensors = {f"model.{n}": t for n, t in model_state(run.model).items()}
-    tensors |= {f"ema.{n}": t for n, t in run.ema.items()}
-    for name, parameter in trained_parameters(run.model):
-        tensors |= {f"optimizer.{key}.{name}": t for key, t in run.optimizer.state.get(parameter, {}).items()}
+class Checkpoint(NamedTuple):
+    """The content of checkpoint.safetensors."""
+    config: dict            # fields of model.Config
+    args: argparse.Namespace   # flags of the training
+    progress: dict          # epochs done; windows, step and log sums of the next one
+    tensors: dict           # {name: tensor}: model.*, ema.*, optimizer.*, random.*
+
+
+def save_checkpoint(path: Path, state) -> None:
+    """Write a train.TrainingState as one safetensors file.
+
+    It counts windows, not batches, so that a run can go on with another --batch-size. Random state
+    and sums are those of the first process.
+    """
+    tensors = {f"model.{name}": t for name, t in model_state(state.model).items()}
+    tensors.update({f"ema.{name}": t for name, t in state.ema.items()})
+    for name, parameter in trained_parameters(state.model):
+        for key, value in state.optimizer.state.get(parameter, {}).items():
+            tensors[f"optimizer.{key}.{name}"] = value
     tensors["random.cpu"] = torch.get_rng_state()
-    if run.device.type == "cuda":
+    if torch.device(state.args.device).type == "cuda":
         tensors["random.cuda"] = torch.cuda.get_rng_state()
-    if run.terms:
-        tensors["progress.terms"] = torch.stack(run.terms)
-    header = {"config": json.dumps(asdict(run.model.config)), "args": json.dumps(vars(run.args)),
-              "epoch": str(run.epoch), "windows": str(run.batches_done * windows_at_once(run.args)),
-              "step": str(run.global_step), "terms": json.dumps(run.term_names)}
+    progress = {"epoch": state.epoch, "windows": state.batches_done * windows_at_once(state.args),
+                "step": state.step, "sums": state.sums}
+    header = {"config": json.dumps(asdict(state.model.config)),
+              "args": json.dumps(vars(state.args)), "progress": json.dumps(progress)}
     with written_whole(path) as beside:
         save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, beside, header)
 
 
-def windows_at_once(args) -> int:
-    """Windows of one batch, over all processes."""
-    return args.batch_size * process_rank()[1]
+def resume(path: Path, state) -> None:
+    """Restore all of a train.TrainingState, so that it goes on as if it had never stopped.
 
-
-def load_checkpoint(path, run=None, lm: str | None = None):
-    """Read a checkpoint. With a run: restore all of its state, so that it goes on as if it had never stopped (of
-    several processes, all but the first draw other random numbers then). Without one: build the model and return
-    (model with the averaged weights, flags of its training). The frozen language model is read from where it was, from
-    beside the checkpoint, or from `lm`."""
-    header, tensors = read_checkpoint(path)
-    config, args = Config(**json.loads(header["config"])), argparse.Namespace(**json.loads(header["args"]))
-    if run is None:
-        config.lm = lm or config.lm
-        if not Path(config.lm).exists() and (Path(path).parent / Path(config.lm).name).exists():
-            config.lm = str(Path(path).parent / Path(config.lm).name)            # the run's folder was moved
-        try:
-            model = ActionVLM(config)
-        except InputError as error:
-            raise InputError(f"{path}: needs the language model of its training: {error}; say where it is by "
-                             f"evaluate.py --lm") from error
-        restore(model, path, part(tensors, "model") | part(tensors, "ema"))
-        return model, args
-    ours, theirs = ({**asdict(c), "lm": Path(c.lm).name} for c in (run.model.config, config))     # it may have moved
-    differ = [key for key in ours if ours[key] != theirs[key]]
-    if differ:
-        raise InputError(f"{path}: expected the configuration of this run, found another in {', '.join(differ)}; "
-                         f"use the flags of the first run, or another --out")
-    restore(run.model, path, part(tensors, "model"))
-    average = part(tensors, "ema")
-    run.ema = {n: average[n].to(run.device) for n, _ in trained_parameters(run.model) if n in average}
-    for name, parameter in trained_parameters(run.model):
-        state = {key: tensors[f"optimizer.{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")
-                 if f"optimizer.{key}.{name}" in tensors}
-        run.optimizer.state[parameter] = {k: t.to(run.device) for k, t in state.items()}
-    run.epoch, run.global_step = int(header["epoch"]), int(header["step"])
-    run.batches_done = int(header.get("windows", 0)) // windows_at_once(run.args)
-    run.terms, run.term_names = list(tensors.get("progress.terms", [])), json.loads(header.get("terms", "[]"))
-    run.terms = [terms.to(run.device) for terms in run.terms]
-    run.set_learning_rates(max(0, run.global_step - 1))
-    if process_rank()[0]:
-        torch.manual_seed(run.args.seed + 1000 * process_rank()[0] + run.global_step)
+    In several processes, all but the first draw other random numbers from here on.
+    """
+    saved = read_checkpoint(path)
+    check_same_run(path, saved, state)
+    restore(state.model, path, part(saved.tensors, "model"))
+    device, average = state.args.device, part(saved.tensors, "ema")
+    state.ema = {name: average[name].to(device) for name in state.ema if name in average}
+    for name, parameter in trained_parameters(state.model):
+        moments = {}
+        for key in ("step", "exp_avg", "exp_avg_sq"):
+            if f"optimizer.{key}.{name}" in saved.tensors:
+                moments[key] = saved.tensors[f"optimizer.{key}.{name}"].to(device)
+        state.optimizer.state[parameter] = moments
+    state.epoch, state.step = saved.progress["epoch"], saved.progress["step"]
+    state.batches_done = saved.progress["windows"] // windows_at_once(state.args)
+    state.sums = saved.progress["sums"]
+    if rank():
+        torch.manual_seed(state.args.seed + 1000 * rank() + state.step)
         return
-    torch.set_rng_state(tensors["random.cpu"])
-    if "random.cuda" in tensors and run.device.type == "cuda":
-        torch.cuda.set_rng_state(tensors["random.cuda"])
+    trim_log(path.with_name("log.jsonl"), state.epoch)
+    torch.set_rng_state(saved.tensors["random.cpu"])
+    if "random.cuda" in saved.tensors and torch.device(device).type == "cuda":
+        torch.cuda.set_rng_state(saved.tensors["random.cuda"])
 
 
-def read_checkpoint(path):
-    """(header, {name: tensor}) of a safetensors file."""
+def check_same_run(path, saved: Checkpoint, state) -> None:
+    """Raises InputError where the flags build another model than that of the checkpoint."""
+    ours, theirs = asdict(state.model.config), dict(saved.config)
+    for key in ("ablation", "lambda_lang"):
+        ours[key], theirs[key] = getattr(state.args, key), getattr(saved.args, key)
+    for config in (ours, theirs):
+        config["lm"] = Path(config["lm"]).name                      # its folder may have moved
+    differ = [key for key in ours if ours[key] != theirs.get(key)]
+    if differ:
+        raise InputError(f"{path}: expected the configuration of this run, found another in "
+                         f"{', '.join(differ)}; use the flags of the first run, or another --out")
+
+
+def read_checkpoint(path, lm: str | None = None) -> Checkpoint:
+    """Read a checkpoint of train.py. The language model is expected where it was, or beside the
+    checkpoint, or in the folder `lm`. Raises InputError for any other file."""
     try:
         with safe_open(str(path), framework="pt") as file:
-            header, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
-        Config(**json.loads(header["config"])), json.loads(header["args"]), int(header["epoch"]), int(header["step"])
+            header = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        config, args, progress = (json.loads(header[key]) for key in ("config", "args", "progress"))
+        saved = Checkpoint(config, argparse.Namespace(**args), progress, tensors)
+        int(progress["epoch"]), int(progress["step"]), int(progress["windows"])
     except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
-        what = f"no field {error} in its header" if isinstance(error, KeyError) else error
-        raise InputError(f"{path}: expected a checkpoint that train.py wrote, found: {what}") from error
-    return header, tensors
+        found = f"no field {error} in its header" if isinstance(error, KeyError) else error
+        raise InputError(f"{path}: expected a checkpoint that train.py wrote, "
+                         f"found: {found}") from error
+    if lm and config["lm"]:
+        config["lm"] = lm
+    beside = Path(path).parent / Path(config["lm"]).name
+    if config["lm"] and not Path(config["lm"]).exists() and beside.exists():
+        config["lm"] = str(beside)
+    return saved
 
 
-def model_state(model: ActionVLM) -> dict:
-    """What a checkpoint keeps of the model: trained parameters and buffers; the frozen language model stays away."""
-    return {n: t for n, t in model.state_dict().items() if not n.startswith("language.lm.") or "lora_" in n}
+def restore_average(model, path, saved: Checkpoint) -> None:
+    """Put the averaged weights of a checkpoint into a model, for evaluation."""
+    restore(model, path, part(saved.tensors, "model") | part(saved.tensors, "ema"))
 
 
-def restore(model: ActionVLM, path, state: dict) -> None:
-    """Copy a checkpoint's tensors into the model; every one has to be there, and none may be left over."""
-    expected, found = ({(n, *t.shape) for n, t in tensors.items()} for tensors in (model_state(model), state))
+def restore(model, path, tensors: dict) -> None:
+    """Copy tensors into the model; every one has to be there, and none may be left over."""
+    expected = {(name, *t.shape) for name, t in model_state(model).items()}
+    found = {(name, *t.shape) for name, t in tensors.items()}
     if expected != found:
-        raise InputError(f"{path}: expected the tensors of this model (name and shape), missing are "
-                         f"{sorted(expected - found)[:3]} and unknown are {sorted(found - expected)[:3]}")
-    model.load_state_dict(state, strict=False)
+        raise InputError(f"{path}: expected the tensors of this model (name and shape), missing "
+                         f"are {sorted(expected - found)[:3]} and unknown are "
+                         f"{sorted(found - expected)[:3]}")
+    model.load_state_dict(tensors, strict=False)
 
 
-def part(tensors: dict, name: str) -> dict:
-    """The tensors under `name.`, without it."""
-    return {n.removeprefix(name + "."): t for n, t in tensors.items() if n.startswith(name + ".")}
-
-
-def use_average(run) -> None:
-    """Put the averaged weights into the model, for evaluation."""
-    if run.ema:
-        run.model.load_state_dict(run.ema, strict=False)
+def model_state(model) -> dict:
+    """Trained parameters and buffers; the frozen language model stays where it is."""
+    state = {}
+    for name, tensor in model.state_dict().items():
+        if not name.startswith("language.lm.") or "lora_" in name:
+            state[name] = tensor
+    return state
 
 
 def trained_parameters(model) -> list:
     """[(name, parameter)] with gradients."""
-    return [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
 
 
-# ------------------------------------------------------------------------------------------------ log
+def part(tensors: dict, prefix: str) -> dict:
+    """The tensors under `prefix.`, without it."""
+    start = prefix + "."
+    return {n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)}
+
+
+def windows_at_once(args) -> int:
+    """Windows of one batch, over all processes."""
+    return args.batch_size * world_size()
+
+
+# ------------------------------------------------------------------------------------ the folder
+def open_folder(out: Path, args) -> None:
+    """Make --out ready: a new run needs a folder without another run's files, or --overwrite."""
+    found = [name for name in FILES if (out / name).exists()]
+    if args.resume and "checkpoint.safetensors" not in found:
+        raise InputError(f"--resume: expected checkpoint.safetensors of an earlier run in --out "
+                         f"{out}, found none; start without --resume, or name another folder")
+    if not args.resume and not args.dry_run:
+        if found and not args.overwrite:
+            raise InputError(f"--out {out}: expected a folder without a run, found "
+                             f"{', '.join(found)}; go on with --resume, start over with "
+                             f"--overwrite, or name another folder")
+        for name in found:
+            (out / name).unlink()
+        if args.lm == "tiny":       # an earlier run's tokenizer has read other descriptions
+            shutil.rmtree(out / "tiny-lm", ignore_errors=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out {out}: expected a folder that can be written to, found: "
+                         f"{error.strerror}; name another one") from error
+
+
+# ------------------------------------------------------------------------------------ the log
 def read_log(path) -> list:
-    """The rows of log.jsonl; none before the first epoch. A last line that a crash has cut does not count."""
-    lines = Path(path).read_text().splitlines(keepends=True) if Path(path).exists() else []
+    """The rows of log.jsonl; a last line that a crash has cut does not count."""
+    if not Path(path).exists():
+        return []
+    lines = Path(path).read_text().splitlines(keepends=True)
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def append_row(path, row: dict) -> None:
-    """Returns when the row is on the disk. What a full disk cuts is dropped by `read_log`."""
+    """Returns when the row is on the disk."""
     try:
         with open(path, "ab") as file:
             file.write(json.dumps(row).encode() + b"\n")
@@ -148,25 +201,28 @@ def append_row(path, row: dict) -> None:
 
 
 def trim_log(path: Path, epoch: int) -> None:
-    """Drop the rows of epochs that are trained again, after number `epoch`, and a line that a crash has cut."""
+    """Drop the rows of epochs after number `epoch`, which are trained again, and a cut line."""
     if path.exists():
+        rows = [row for row in read_log(path) if row["epoch"] <= epoch]
         with written_whole(path) as beside:
-            beside.write_text("".join(json.dumps(row) + "\n" for row in read_log(path) if row["epoch"] <= epoch))
+            beside.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-# ------------------------------------------------------------------------------------------------ whole files
+# ------------------------------------------------------------------------------------ whole files
 @contextmanager
 def written_whole(path):
-    """Yields a name beside `path` to write to. Renamed to `path` once all of it is on the disk: there is never
-    half a file, whatever happens. Where it cannot be written (full disk, no permission) it is removed: InputError.
+    """Yields a name beside `path` to write to, and renames it to `path` once it is on the disk.
+
+    There is never half a file. Where it cannot be written (full disk, no permission), it is
+    removed, and InputError says so.
     """
     path = Path(path)
-    beside = path.with_name(f"partial-{path.name}")                             # keeps the suffix: savefig goes by it
+    beside = path.with_name(f"partial-{path.name}")         # keeps the suffix, which savefig reads
     try:
         yield beside
         to_disk(beside)
         os.replace(beside, path)
-        to_disk(path.parent)                                                     # a name is the content of its folder
+        to_disk(path.parent)                                # holds the new name
     except (OSError, SafetensorError) as error:
         raise not_written(path, error) from error
     finally:
@@ -183,48 +239,50 @@ def to_disk(path) -> None:
 
 
 def not_written(path, error) -> InputError:
-    return InputError(f"{path}: could not be written: {error}; what was there before is whole. Make room, or look at "
-                      f"the permissions of {Path(path).parent}; then --resume goes on")
+    return InputError(f"{path}: could not be written: {error}; its earlier content is whole. Make "
+                      f"room, or look at the permissions of {Path(path).parent}; then --resume "
+                      f"goes on")
 
 
-# ------------------------------------------------------------------------------------------------ signals
+# ------------------------------------------------------------------------------------ signals
 class Stopped(BaseException):
-    """SIGINT or SIGTERM ended the run; `code` is what the process exits with."""
+    """SIGINT or SIGTERM ended the run; `code` is the exit code."""
 
-    def __init__(self, number: int, where: str = ""):
-        super().__init__(f"stopped by {signal.Signals(number).name}{where}")
+    def __init__(self, number: int):
+        super().__init__(f"stopped by {signal.Signals(number).name}")
         self.code = 128 + number
 
 
 class StopSignals:
-    """SIGINT and SIGTERM, while this is entered. The first one raises Stopped: at once, or while it is `deferred` when
-    `Run.pause` finds it in `received`. The second one ends the process at once."""
+    """SIGINT and SIGTERM while this is entered: the first one is noted, for a step to end first.
+
+    The second one ends the process at once. Several processes would wait for each other after the
+    first one; there, signals keep their usual effect.
+    """
 
     def __init__(self):
-        self.received, self.defers, self.before = 0, False, {}
+        self.received, self.before = 0, {}
 
     def __enter__(self) -> "StopSignals":
-        if threading.current_thread() is threading.main_thread():                # only there can handlers be set
-            self.before = {n: signal.signal(n, self.receive) for n in (signal.SIGINT, signal.SIGTERM)
-                           if signal.getsignal(n) != signal.SIG_IGN}
+        if world_size() > 1 or threading.current_thread() is not threading.main_thread():
+            return self
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) != signal.SIG_IGN:
+                self.before[number] = signal.signal(number, self.receive)
         return self
-
-    def __exit__(self, *_) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler or signal.SIG_DFL)
 
     def receive(self, number: int, _) -> None:
         self.received = number
         for each in self.before:
             signal.signal(each, signal.SIG_DFL)
-        if not self.defers:
-            raise Stopped(number)
 
-    @contextmanager
-    def deferred(self):
-        """Several processes do not wait: they are never at the same step, and their last checkpoint holds."""
-        self.defers = not dist.is_initialized()
-        yield
-        self.defers = False
+    def __exit__(self, *_) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
         if self.received:
             raise Stopped(self.received)
+
+
+def leave_group(worker: int) -> None:
+    """Take a worker of a DataLoader out of its group of processes, which Ctrl-C ends as a whole."""
+    os.setpgrp()

@@ -10,11 +10,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import numpy as np
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import vlm
+from advantage import frame_classes
 from data import Batch
 from model import ActionVLM, Config
+from support.language_models import make_tiny_lm
 
 CLASSES = {"Jump": "The person bends the knees, then leaves the ground.", "Run": "Legs alternate quickly.",
            "Throw": "The arm swings forward and lets the ball go."}
@@ -23,7 +24,7 @@ CLASSES = {"Jump": "The person bends the knees, then leaves the ground.", "Run":
 @pytest.fixture(scope="session")
 def lm_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("lm") / "tiny"
-    vlm.make_tiny_lm(folder, [vlm.instruction(CLASSES), "Jump: 12-48, Run: 60-75."], dim=32)
+    make_tiny_lm(folder, [vlm.instruction(CLASSES), "Jump: 12-48, Run: 60-75."], dim=32)
     return str(folder)
 
 
@@ -48,17 +49,7 @@ def feature_batch(lengths, L=None, V=8, seed=0, segments=None, labels=None):
     mask = torch.arange(L)[None] < torch.tensor(lengths)[:, None]
     segments = segments or [torch.tensor([[1.0, 6.0]])] * len(lengths)
     labels = labels or [torch.tensor([1])] * len(lengths)
-    return Batch(inputs, mask, segments, labels, windows=[])
-
-
-class NoWaiting(TorchDispatchMode):
-    """Raises at what would let a CPU wait for its GPU: a value read, or a shape that depends on values."""
-    aten = torch.ops.aten
-    waits = {aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten.is_nonzero, aten.equal, aten._unique2}
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        boolean = function.overloadpacket in (self.aten.index, self.aten.index_put, self.aten.index_put_) and any(
-            index is not None and index.dtype == torch.bool for index in args[1])
-        if boolean or function.overloadpacket in self.waits:
-            pytest.fail(f"{function} would wait for a GPU")
-        return function(*args, **(kwargs or {}))
+    names = list(CLASSES)
+    answers = [vlm.proposal_text(s.tolist(), [names[i] for i in y.tolist()]) for s, y in zip(segments, labels)]
+    return Batch(inputs, mask, segments, labels, frame_classes(segments, labels, L, len(names)), answers,
+                 [f"clip {b}" for b in range(len(lengths))], windows=[])

@@ -9,10 +9,16 @@ import numpy as np
 import pytest
 import torch
 
-import annotations
-import data
 import train
-from annotations import InputError, Video, class_names, load_annotations, load_external_scores
+from support import annotations
+from support.annotations import (
+    InputError,
+    Video,
+    class_names,
+    load_annotations,
+    load_external_scores,
+)
+from support.presets import FEATURE_PRESETS, PRESETS
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.exists(), reason="../shared/data is absent")
@@ -89,7 +95,7 @@ def test_epic_csv(epic):
     assert [v.labels for v in nouns] == [["plate"], ["plate"]]
     # Classes are those of the class file in its order, in use or not.
     assert class_names(epic, nouns) == ["take", "put", "wash"] and class_names(epic, nouns, "noun") == ["tap", "plate"]
-    with pytest.raises(InputError, match="--labels: expected verb or noun, found 'action'"):
+    with pytest.raises(InputError, match="labels: expected verb or noun, found 'action'"):
         load_annotations(epic, labels="action")
 
 
@@ -223,16 +229,16 @@ def test_external_scores_of_another_kind(tmp_path, content):
 @pytest.mark.parametrize("name, classes", [("thumos14", 20), ("activitynet", 200), ("epic-verb", 97),
                                            ("epic-noun", 300)])
 def test_presets_agree_with_themselves(name, classes):
-    for preset in (data.PRESETS[name], data.PRESETS[name] | data.FEATURE_PRESETS[name]):
+    for preset in (PRESETS[name], PRESETS[name] | FEATURE_PRESETS[name]):
         assert len(annotations.read_json(preset["descriptions"])) == classes
         steps = preset.get("resize_to") or preset["window"]
         assert preset["window"] == steps and steps % 2 ** (preset["levels"] - 1) == 0
         assert len(preset.get("ranges", range(6))) == preset["levels"]
         assert np.allclose(np.diff(preset["tiou"]), preset["tiou"][1] - preset["tiou"][0])
-    frames = data.PRESETS[name].get("frames_per_step", 1) * data.PRESETS[name]["window"]
+    frames = PRESETS[name].get("frames_per_step", 1) * PRESETS[name]["window"]
     assert frames % 16 == 0                                              # VideoMAE reads clips of 16 frames
 
 
-def test_feature_presets_set_existing_flags_only():
-    flags = set(vars(train.build_parser().parse_args([])))
-    assert all(set(preset) <= flags for preset in data.FEATURE_PRESETS.values())
+def test_presets_set_existing_flags_only():
+    known = set(vars(train.get_args(["--dataset", "custom", "--features", "f", "--annotations", "a", "--descriptions", "d"])))
+    assert all(set(preset) <= known for preset in [*PRESETS.values(), *FEATURE_PRESETS.values()])

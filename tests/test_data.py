@@ -12,12 +12,21 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-import annotations
 import data
-import demo
-from annotations import InputError, Video, load_annotations, load_descriptions
-from data import (TALDataset, collate, grid_to_seconds, random_window, read_frames, seconds_to_grid, truncate_segments, window_starts)
-from demo import write_video
+from data import (
+    TALDataset,
+    collate,
+    grid_to_seconds,
+    random_window,
+    seconds_to_grid,
+    truncate_segments,
+    window_starts,
+)
+from support import annotations, demo
+from support.annotations import InputError, Video, load_annotations, load_descriptions
+from support.demo import write_video
+from support.video import open_features, probe, read_frames
+from vlm import NO_ACTION
 
 
 def annotation_file(tmp_path, entry, name="annotations.json"):
@@ -57,9 +66,9 @@ def test_sliding_windows_cover_every_step():
 
 def test_truncate_segments_by_hand():
     segments = np.array([[0.0, 10.0], [8.0, 14.0], [18.0, 30.0], [40.0, 50.0], [12.0, 12.0]])
-    cut, kept = truncate_segments(segments, start=10, length=10, offset=0.0, min_overlap=0.5)
+    cut, kept = truncate_segments(segments, start=10, length=10, beyond=0.0, min_overlap=0.5)
     assert kept.tolist() == [1] and cut.tolist() == [[0.0, 4.0]]
-    cut, kept = truncate_segments(segments, start=10, length=10, offset=4.0, min_overlap=0.4)
+    cut, kept = truncate_segments(segments, start=10, length=10, beyond=4.0, min_overlap=0.4)
     assert kept.tolist() == [0, 1, 2] and cut.tolist() == [[-4.0, 0.0], [-2.0, 4.0], [8.0, 14.0]]
 
 
@@ -79,10 +88,12 @@ def test_collate_pads_to_the_multiple_and_masks():
     video = Video("v", 10.0, 10.0)
     windows = [data.Window(video, 0, n, torch.ones(n, 2), torch.zeros(0, 2), torch.zeros(0, dtype=torch.long))
                for n in (3, 9)]
-    batch = collate(windows, multiple=4)
+    batch = collate(windows, multiple=4, classes=["a"])
     assert batch.inputs.shape == (2, 12, 2) and batch.mask.sum(1).tolist() == [3, 9]
     assert batch.inputs[0, 3:].abs().sum() == 0 and batch.windows[1].length == 9 and batch.windows[1].inputs is None
-    assert [collate(windows[i:], m).padded for i, m in ((0, 4), (1, 4), (0, 3), (1, 3))] == [True, True, True, False]
+    assert batch.names == ["v", "v"] and batch.answers == [NO_ACTION] * 2 and (batch.frame_class == torch.ones(2, 12)).all()
+    full = [bool(collate(windows[i:], m, ["a"]).mask.all()) for i, m in ((0, 4), (1, 4), (0, 3), (1, 3))]
+    assert full == [False, False, False, True]
 
 
 def feature_dataset(tmp_path, T=40, training=True, **kwargs):
@@ -157,7 +168,7 @@ def test_frames_of_a_step_lie_evenly_over_it(counting_video, kwargs, wanted):
     window = dataset[0]
     seen = frame_numbers(read_frames(counting_video, np.array(wanted) / 10, 48)[:, :, 8:56])
     assert frame_numbers(window.inputs.permute(0, 2, 3, 1).numpy()) == seen
-    batch = collate([window], multiple=8)
+    batch = collate([window], multiple=8, classes=[])
     k = kwargs.get("frames_per_step", 1)
     assert batch.inputs.shape[1] == k * batch.mask.shape[1] and batch.mask.sum() == window.length == len(wanted) / k
 
@@ -173,7 +184,7 @@ def test_features_with_nan_name_the_file(tmp_path):
 def test_feature_files_of_another_kind_name_the_file(tmp_path, array):
     np.save(tmp_path / "v.npy", array, allow_pickle=True)
     with pytest.raises(InputError, match=r"v\.npy: expected"):
-        data.open_features(tmp_path / "v.npy")
+        open_features(tmp_path / "v.npy")
 
 
 # ---------------------------------------------------------------- annotations
@@ -369,12 +380,12 @@ def test_an_error_in_a_worker_process_reads_the_same(tmp_path):
 
 
 def test_probe(counting_video):
-    assert data.probe(counting_video) == (10.0, 10.0)
+    assert probe(counting_video) == (10.0, 10.0)
 
 
 def test_a_file_that_is_no_video_is_named(tmp_path):
     (tmp_path / "x.mp4").write_bytes(b"not a video")
-    for read in (data.probe, lambda p: read_frames(p, np.zeros(1), 32)):
+    for read in (probe, lambda p: read_frames(p, np.zeros(1), 32)):
         with pytest.raises(InputError, match=r"x\.mp4: expected a video"):
             read(tmp_path / "x.mp4")
 
@@ -393,17 +404,17 @@ def test_centre_crop():
 # ---------------------------------------------------------------- the demo
 def test_demo_is_deterministic_and_complete(tmp_path):
     for name in "ab":
-        data.make_demo(tmp_path / name, train=2, test=1, incomplete=1)
+        demo.make_demo(tmp_path / name, train=2, test=1, incomplete=1)
     for file in ("annotations.json", "descriptions.json", "videos/test_000.mp4", "videos/training_001.mp4"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
     videos = annotations.find_files(load_annotations(tmp_path / "a" / "annotations.json"), tmp_path / "a" / "videos")
     for video in videos:
-        assert data.probe(video.path) == (pytest.approx(video.duration), 10.0)
+        assert probe(video.path) == (pytest.approx(video.duration), 10.0)
         assert (video.segments[1:, 0] > video.segments[:-1, 1]).all() and video.segments.max() < video.duration
 
 
 def test_demo_training_and_test_clips_differ(tmp_path):
-    data.make_demo(tmp_path, train=1, test=1, incomplete=1)
+    demo.make_demo(tmp_path, train=1, test=1, incomplete=1)
     one, two = load_annotations(tmp_path / "annotations.json")
     assert one.segments.tolist() != two.segments.tolist()
 
@@ -420,10 +431,10 @@ def test_demo_incomplete_actions_begin_like_the_action_and_go_back():
 
 
 def test_demo_incomplete_clips_are_added_to_a_demo_that_has_none(tmp_path):
-    data.make_demo(tmp_path, train=1, test=1, incomplete=1)
+    demo.make_demo(tmp_path, train=1, test=1, incomplete=1)
     before = (tmp_path / "annotations.json").read_bytes()
     (tmp_path / "incomplete.json").unlink()
-    data.make_demo(tmp_path, train=1, test=1, incomplete=1)
+    demo.make_demo(tmp_path, train=1, test=1, incomplete=1)
     video, = annotations.find_files(load_annotations(tmp_path / "incomplete.json"), tmp_path / "videos")
     assert (video.name, video.subset) == ("incomplete_000", "incomplete") and len(video.labels) in (3, 4)
     assert (tmp_path / "annotations.json").read_bytes() == before
@@ -437,9 +448,9 @@ def test_demo_pairs_show_the_same_poses_in_opposite_order(one, other):
 
 
 def test_demo_is_not_written_twice(tmp_path):
-    data.make_demo(tmp_path, train=1, test=1, incomplete=1)
+    demo.make_demo(tmp_path, train=1, test=1, incomplete=1)
     (tmp_path / "videos" / "test_000.mp4").unlink()
-    data.make_demo(tmp_path, train=1, test=1, incomplete=1)
+    demo.make_demo(tmp_path, train=1, test=1, incomplete=1)
     assert not (tmp_path / "videos" / "test_000.mp4").exists()
 
 

@@ -14,7 +14,6 @@ import evaluate
 from annotations import InputError, Video
 from data import TALDataset
 from evaluate import average_precision, load_ground_truth, load_predictions, mean_average_precision, temporal_iou
-from vlm import CUT, parse_proposals
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"  # the peers' outputs and real data: not part of the project, absent in CI
@@ -346,80 +345,7 @@ def test_command_on_published_detections(tmp_path, name, expected):
     assert_close(json.loads((tmp_path / "scores.json").read_text())["mAP"], expected, 1e-6 if avx512 else 5e-3)
 
 
-# ------------------------------------------------------------------------------------------- modality bias
-def test_lap_is_the_relative_drop():
-    assert evaluate.language_advantage_on_performance(0.72, 0.7) == pytest.approx(0.02 / 0.72)
-    assert evaluate.language_advantage_on_performance(0.5, 0.5) == evaluate.language_advantage_on_performance(0, 0) == 0
-
-
-@pytest.mark.parametrize("n", [2, 3, 6, 7])
-def test_unmatched_descriptions_are_a_derangement(n):
-    descriptions = {f"label {i}": f"sentence {i}" for i in range(n)}
-    unmatched = evaluate.unmatched_descriptions(descriptions)
-    assert list(unmatched) == list(descriptions) and sorted(unmatched.values()) == sorted(descriptions.values())
-    assert all(unmatched[label] != descriptions[label] for label in descriptions)
-
-
-def test_mla_by_hand():
-    video = Video("v", 10.0, 1.0, segments=np.array([[1.0, 6.0], [2.0, 3.0]]), labels=["a", "b"])
-    dataset = SimpleNamespace(videos=[video], stride=1, num_frames=0, classes={"a": 0, "b": 1, "c": 2})
-    series = {"v": np.arange(10.0)}
-    assert evaluate.mean_language_advantage(series, dataset, ["a"]) == np.mean([1, 4, 5, 6])
-    assert evaluate.mean_language_advantage(series, dataset, ["b"]) == 2.5
-    assert evaluate.mean_language_advantage(series, dataset, ["all"]) == 3.5
-    assert np.isnan(evaluate.mean_language_advantage(series, dataset, ["c"]))
-
-
-# ------------------------------------------------------------------------------------- question answering, Table 2
-def test_hallucination_rates_by_hand():
-    texts = ["Run: 1-5.", "Run: 1-5.", "Run: 2-5, Run: 2-5, Run: 2-5.", "Jump: 9-3.", "Jump: 3-12.", "Jump: 3-9" + CUT,
-             "No action.", "No action.", "Jump: 2-3, Run: 2-3.", "\x00\ud83d ::"]
-    proposals = [parse_proposals(text, ["Run", "Jump"]) for text in texts]
-    rates = evaluate.hallucination_rates(texts, proposals, [10] * len(texts))
-    assert rates == {"fixed": 0.4, "infinite": 0.2}                      # 0, 1, 3, 4, and 2, 5
-    assert evaluate.hallucination_rates([], [], []) == {"fixed": 0, "infinite": 0}
-
-
-class Writer:
-    """In place of an ActionVLM: writes the given answers, one a window."""
-    config, multiple = SimpleNamespace(classes=["Run", "Jump"]), 1
-
-    def __init__(self, texts):
-        self.language, self.texts = self, list(texts)
-
-    def eval(self):
-        return self
-
-    def parameters(self):
-        return iter([torch.zeros(1)])
-
-    def features(self, batch):
-        return batch.inputs
-    normalise = project = staticmethod(lambda x: x)
-
-    def generate(self, f_vis, mask, max_new_tokens):
-        return [self.texts.pop(0) for _ in mask]
-
-
-def test_answers_become_detections_in_seconds(tmp_path):
-    np.save(tmp_path / "v.npy", np.zeros((12, 3), np.float32))
-    video = Video("v", 12.0, 2.0, path=tmp_path / "v.npy")               # one step a half second; windows 0-7 and 4-11
-    test = TALDataset([video], ["Run", "Jump"], window=8)
-    trained = SimpleNamespace(batch_size=2, workers=0, nms_sigma=0.5, voting=0.0, max_per_class=0, max_per_video=200)
-    results = evaluate.answer(Writer(["Run: 1-3, Jump: 4-6.", "No action."]), test, trained)
-    assert [a["start"] for a in results.answers] == [0, 4] and results.answers[0]["length"] == 8
-    assert results.answers[0]["proposals"] == [("Run", 1, 3), ("Jump", 4, 6)] and results.answers[1]["proposals"] == []
-    found = results.predictions["v"]
-    assert found["labels"] == ["Run", "Jump"]
-    assert_close(found["segments"], [[0.5, 1.5], [2, 3]])
-    assert_close(found["scores"], [1, 0.5])
-    late = evaluate.answer(Writer(["nothing", "Jump: 2-4."]), test, trained).predictions["v"]
-    assert_close(late["segments"], [[3, 4]])                             # its window starts at step 4
-    none = evaluate.answer(Writer(["", ""]), test, trained).predictions["v"]
-    assert none["labels"] == [] and none["segments"].shape == (0, 2)
-
-
-# ------------------------------------------------------------------------------------- Table 3
+# ------------------------------------------------------------------------------------- detection
 def test_detect_reads_a_prompt_that_comes_first_once(tmp_path, make_model, monkeypatch):
     np.save(tmp_path / "v.npy", np.random.default_rng(0).normal(size=(20, 8)).astype(np.float32))
     test = TALDataset([Video("v", 20.0, 1.0, path=tmp_path / "v.npy")], ["Jump", "Run", "Throw"], window=8)
@@ -435,64 +361,3 @@ def test_detect_reads_a_prompt_that_comes_first_once(tmp_path, make_model, monke
     assert read[3:] == [(3, T + 32), (1, T + 32)] and once["labels"] == again["labels"]
     assert_close(once["segments"], again["segments"], 1e-4)
     assert_close(once["scores"], again["scores"], 1e-5)
-
-
-def groups_flags(*words, easy=0.85, hard=0.5):
-    return SimpleNamespace(groups=list(words), easy=easy, hard=hard)
-
-
-def test_table3_groups_by_the_reference_and_by_the_paper():
-    reference = {"a": 0.9, "b": 0.85, "c": 0.5, "d": 0.49}
-    assert evaluate.group_by_difficulty(list("abcd"), reference, groups_flags("f")) == {
-        "easy": ["a", "b"], "medium": ["c"], "hard": ["d"]}
-    names = ["Billiards", "Diving", "LongJump", "FrisbeeCatch"]
-    assert evaluate.group_by_difficulty(names, None, groups_flags("thumos14")) == {
-        "easy": ["LongJump"], "medium": ["Diving"], "hard": ["Billiards", "FrisbeeCatch"]}
-    with pytest.raises(InputError, match="--groups: .* none for e"):
-        evaluate.group_by_difficulty(["a", "e"], reference, groups_flags("f"))
-
-
-def test_table3_rows_by_hand():
-    result = {"classes": ["a", "b", "c"], "AP": np.array([[0.8, 0.4, 0.2], [0.6, 0.2, 0.0]])}
-    video = Video("v", 4.0, 1.0, segments=np.array([[0.0, 2.0], [2.0, 4.0]]), labels=["a", "c"])
-    dataset = SimpleNamespace(videos=[video], stride=1, num_frames=0, classes={"a": 0, "b": 1, "c": 2})
-    groups = {"easy": ["a", "b"], "medium": [], "hard": ["c"]}
-    advantage = {"v": np.array([.1, .3, .5, .7])}
-    rows = evaluate.score_groups(groups, result, {"a": 0.5, "b": 0.3, "c": 0.3}, advantage, dataset)
-    assert_close([rows[level][key] for level in ("easy", "hard") for key in ("mAP", "gain")], [.5, .1, .1, -.2])
-    # Step 2 is at the end of the one and at the start of the other action: frame_classes gives it to the first.
-    assert rows["hard"]["mLA"] > rows["easy"]["mLA"] > 0
-    assert rows["medium"] == {"classes": [], "mAP": None, "gain": None, "mLA": None}
-    lines = evaluate.format_groups(rows).splitlines()
-    assert lines[2].startswith("| easy | 50.00 | +10.00 |") and lines[3] == "| medium | - | - | - |  |"
-    assert evaluate.score_groups(groups, result, None, {}, dataset)["hard"]["gain"] is None
-
-
-@pytest.mark.parametrize("content, message", [('{"AP": {"a": 1}}', "list of numbers"), ("{}", "AP"), ("[", "JSON")])
-def test_table3_reference_that_is_none(tmp_path, content, message):
-    (tmp_path / "f.json").write_text(content)
-    with pytest.raises(InputError, match=message):
-        evaluate.read_reference([str(tmp_path / "f.json")])
-    assert evaluate.read_reference(["thumos14"]) is None
-
-
-# ------------------------------------------------------------------------------------- Table 5
-def test_table5_ambiguity_metrics_by_hand():
-    predictions = found(v=[(0, 2, "a", 0.2), (1, 5, "a", 0.6), (2, 4, "b", 0.9)], w=[(0, 4, "a", 0.4)])
-    clips = [("v", "a", 0, 4),          # best of a: 1-5, three quarters of the clip
-             ("v", "b", 3, 5),          # 2-4, half
-             ("w", "a", 4, 8),          # touches only: not detected
-             ("u", "a", 0, 1)]          # a video without detections
-    metrics = evaluate.ambiguity_metrics(predictions, clips)
-    assert list(metrics) == ["mConf", "mLen", "acc@0.3", "acc@0.5", "acc@0.7"]
-    assert_close(list(metrics.values()), [1.5 / 4, 1.25 / 4, 0.5, 0.5, 0.75])        # below 0.5, not at it
-    assert all(np.isnan(value) for value in evaluate.ambiguity_metrics(predictions, []).values())
-
-
-@pytest.mark.parametrize("flags", [["--formulation", "qa"], ["--groups", "thumos14"], ["--incomplete"]])
-def test_flags_of_a_model_want_a_checkpoint(flags, capsys):
-    with pytest.raises(SystemExit):
-        evaluate.get_args(["--ground-truth", "a", "--predictions", "b", *flags])
-    assert f"{flags[0]}" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        evaluate.get_args(["--checkpoint", "a", "--video", "b", *flags])

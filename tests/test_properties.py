@@ -11,13 +11,16 @@ import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-import annotations
-import checkpoint
 import data
 import evaluate
 import train
-from annotations import InputError, Video
-from vlm import parse_proposals, proposal_text
+from experiments.bias import read_reference
+from experiments.question_answering import parse_proposals
+from support import annotations, checkpoint, results
+from support.annotations import InputError, Video
+from support.presets import BASE
+from support.video import open_features
+from vlm import proposal_text
 
 few = settings(derandomize=True, deadline=None, database=None, max_examples=50)
 many = settings(few, max_examples=100)
@@ -72,9 +75,9 @@ def read_all(path):
     """Every reader of a JSON file on one file."""
     check_annotations(read(annotations.load_annotations, path))
     read(annotations.load_descriptions, path, ["Run"], [])
-    score_whatever_it_is(read(evaluate.load_ground_truth, path, "test"), read(evaluate.load_predictions, path))
+    score_whatever_it_is(read(results.load_ground_truth, path, "test"), read(results.load_predictions, path))
     check_scores(read(annotations.load_external_scores, path, ["Jump"], [Video("a", 1.0, 1.0)]))
-    read(evaluate.read_reference, [str(path)])
+    read(read_reference, [str(path)])
 
 
 def check_annotations(videos):
@@ -88,7 +91,7 @@ def check_annotations(videos):
 
 def score_whatever_it_is(truth, found):
     if truth is not None and found is not None:
-        list(evaluate.doubts(truth, found))
+        list(results.doubts(truth, found))
         with np.errstate(all="ignore"):
             result = evaluate.mean_average_precision(truth, found, [0.3, 0.7])
         assert 0 <= result["average"] <= 1 and np.isfinite(result["AP"]).all()
@@ -122,8 +125,8 @@ def test_whatever_is_read_can_be_scored(folder, truth, found):
     for name, content in (("truth", truth), ("found", found)):
         (folder / f"{name}.json").write_text(json.dumps(content))
     check_annotations(read(annotations.load_annotations, folder / "truth.json"))
-    score_whatever_it_is(read(evaluate.load_ground_truth, folder / "truth.json", "test"),
-                         read(evaluate.load_predictions, folder / "found.json"))
+    score_whatever_it_is(read(results.load_ground_truth, folder / "truth.json", "test"),
+                         read(results.load_predictions, folder / "found.json"))
 
 
 cells = st.sampled_from(["a", "0", "1.5", "3", "00:00:01.5", "9:9:9", "nan", "inf", "-1", "", "1e400", "9" * 400,
@@ -162,7 +165,7 @@ def test_any_bytes_in_a_feature_file(folder, junk, at, length):
     """Some bytes of a good file exchanged for others; all of them where `at` is 0."""
     good = feature_file(folder)
     (folder / "v.npy").write_bytes(good[:at] + junk + good[at + length:] if at else junk)
-    rows = read(data.open_features, folder / "v.npy")
+    rows = read(open_features, folder / "v.npy")
     if rows is not None:
         assert rows.ndim == 2 and rows.size > 0 and np.asarray(rows[:1], np.float32).shape == (1, rows.shape[1])
 
@@ -173,7 +176,7 @@ def test_any_bytes_in_a_feature_file(folder, junk, at, length):
 def test_any_header_of_a_feature_file(folder, dtype, shape, fortran):
     text = f"{{'descr': '{dtype}', 'fortran_order': {fortran}, 'shape': {tuple(shape)}}}\n".encode()
     (folder / "v.npy").write_bytes(b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text + bytes(36))
-    rows = read(data.open_features, folder / "v.npy")
+    rows = read(open_features, folder / "v.npy")
     assert rows is None or rows.dtype.kind in "fiu" and rows.nbytes <= 36
 
 
@@ -187,18 +190,23 @@ def test_any_bytes_as_a_checkpoint(folder, junk, header):
         assert read(checkpoint.read_checkpoint, folder / "checkpoint.safetensors") is None
 
 
+COMMAND = ["--dataset", "custom", "--features", "f", "--annotations", "a", "--descriptions", "d", "--device", "cpu"]
+NUMBERS = sorted(name for name, value in vars(train.get_args(COMMAND)).items()
+                 if type(value) in (int, float) and name not in BASE)
+SHARES = ("min_overlap", "prior", "ema", "voting", "tiou")
+
+
 @few
-@given(st.sampled_from(sorted(train.RANGES)), numbers.map(str) | st.text(max_size=5))
-def test_any_number_in_a_flag(folder, flag, text):
+@given(st.sampled_from([*NUMBERS, "tiou"]), numbers.map(str) | st.text(max_size=5))
+def test_any_number_in_a_flag(flag, text):
     try:
-        args = train.get_args(["--dataset", "custom", "--features", "f", "--annotations", "a", "--descriptions", "d",
-                               "--device", "cpu", f"--{flag.replace('_', '-')}={text}"])
+        args = train.get_args([*COMMAND, f"--{flag.replace('_', '-')}={text}"])
     except SystemExit as end:
         assert end.code == 2
     else:
-        low, high = train.RANGES[flag]
         value = getattr(args, flag)
-        assert all(low <= x <= high for x in (value if isinstance(value, list) else [value]))
+        highest = 1 if flag in SHARES else 1e9
+        assert all(0 <= x <= highest for x in (value if isinstance(value, list) else [value]))
 
 
 # ---------------------------------------------------------------- the answer, and the grid

@@ -3,11 +3,11 @@ import json
 
 import pytest
 
-import annotations
-import data
 import evaluate
-import reproduce
 import train
+from experiments import bias, question_answering, reproduce
+from support.annotations import InputError
+from support.demo import make_demo
 
 
 def write_figures(folder, average, AP=None, name="figures.json"):
@@ -18,7 +18,7 @@ def write_figures(folder, average, AP=None, name="figures.json"):
 def test_every_row_names_a_run_and_has_a_figure_of_the_paper_for_every_column():
     for table in reproduce.TABLES.values():
         for label, run, file, paper in table.rows:
-            assert run in reproduce.RUNS and file.endswith(".json") and len(paper) == len(table.columns), label
+            assert run in reproduce.RUNS and file in reproduce.COMMANDS and len(paper) == len(table.columns), label
     assert next(iter(reproduce.RUNS)) == "vision-only"
 
 
@@ -53,7 +53,7 @@ def test_thirds_of_the_classes_are_easy_and_hard(tmp_path):
 
 
 def test_needed_runs_are_those_of_the_tables_once_each():
-    args = reproduce.build_parser().parse_args(["--out", "x", "--only", "2", "3", "--seeds", "7"])
+    args = reproduce.get_args(["--out", "x", "--only", "2", "3", "--seeds", "7"])
     names = {name: files for name, _, files in reproduce.needed(args)}
     assert list(names) == ["vision-only", "full", "language-only", "without-adv"]
     assert names["full"] == ["bias.json", "groups.json", "qa.json"] and "figures.json" in names["vision-only"]
@@ -67,12 +67,14 @@ def test_hard_classes_are_the_worst_third_of_the_vision_only_run(tmp_path):
 
 def test_two_runs_are_resumed_and_not_repeated(tmp_path, monkeypatch, capsys):
     """The commands in this process, which saves loading torch ten times."""
-    data.make_demo(tmp_path / "data", train=2, test=1, incomplete=1)
+    make_demo(tmp_path / "data", train=2, test=1, incomplete=1)
     ran = []
 
     def here(args, folder, script, *flags):
         ran.append((folder.name, script, *flags))
-        assert {"train.py": train.main, "evaluate.py": evaluate.main}[script]([*map(str, flags)]) == 0
+        main = {"train.py": train, "evaluate.py": evaluate, "experiments.bias": bias,
+                "experiments.question_answering": question_answering}[script].main
+        assert main([*map(str, flags)]) == 0
     monkeypatch.setattr(reproduce, "command", here)
     monkeypatch.setattr(reproduce, "TABLES", {number: reproduce.TABLES[number]._replace(
         rows=[row for row in reproduce.TABLES[number].rows if row[1] in ("vision-only", "full")]) for number in (3, 5)})
@@ -87,11 +89,23 @@ def test_two_runs_are_resumed_and_not_repeated(tmp_path, monkeypatch, capsys):
     (tmp_path / "out" / "full-seed0" / "report.png").unlink()            # as if it had been stopped at the end
     (tmp_path / "out" / "full-seed0" / "incomplete.json").unlink()
     assert reproduce.main(flags) == 0
-    assert [(name, script) for name, script, *_ in ran] == [("full-seed0", "train.py"), ("full-seed0", "evaluate.py")]
+    assert [(name, script) for name, script, *_ in ran] == [("full-seed0", "train.py"), ("full-seed0", "experiments.bias")]
     assert "--resume" in ran[0] and "--incomplete" in ran[1]
 
 
 def test_a_command_that_fails_is_an_error_with_its_last_lines(tmp_path):
-    args = reproduce.build_parser().parse_args(["--out", str(tmp_path)])
-    with pytest.raises(annotations.InputError, match=r"(?s)evaluate.py ended with code 2 in .*nowhere.*expected a checkpoint"):
+    args = reproduce.get_args(["--out", str(tmp_path)])
+    with pytest.raises(InputError, match=r"(?s)evaluate.py ended with code 2 in .*nowhere.*expected a checkpoint"):
         reproduce.command(args, tmp_path / "r", "evaluate.py", "--checkpoint", tmp_path / "nowhere")
+
+
+def test_commands_run_in_the_folder_of_the_caller(tmp_path, monkeypatch):
+    """Paths after -- are relative to that folder, and modules of the project are found from there."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    args = reproduce.get_args(["--out", "out"])
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/checkpoint.safetensors").write_text("x")
+    with pytest.raises(InputError, match=r"(?s)experiments.bias ended with code 2 in r;.*bias.py: error: run/checkpoint.safetensors: "):
+        reproduce.command(args, reproduce.Path("r"), "experiments.bias", "--checkpoint", "run")
+    assert (tmp_path / "r/commands.log").read_text().startswith("$ -m experiments.bias --checkpoint run")

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-import weights
-from annotations import InputError
 from model import VisionEncoder
+from support import weights
+from support.annotations import InputError
 
 V, LAYERS, HEADS, MLP = 128, 2, 2, 512                  # two heads: 128 / 64
 
@@ -276,7 +276,7 @@ def test_hugging_face_videomae_as_transformers_saves_it(tmp_path):
     with torch.no_grad():
         tokens = model.videomae(normalised(frames)[None]).last_hidden_state[0]
         steps = encoder(frames[None], torch.ones(1, 8, dtype=torch.bool))[0]
-    assert encoder.videomae.config.layer_norm_eps == 1e-5 and encoder.clip == 8
+    assert encoder.backbone.config.layer_norm_eps == 1e-5 and encoder.clip == 8
     torch.testing.assert_close(steps[0], tokens.view(4, 4, V).mean(1)[0], atol=1e-5, rtol=1e-4)
 
 
@@ -398,7 +398,7 @@ def test_an_encoder_is_rebuilt_from_its_config_alone(tmp_path, kind):
     first.load(path)
     again.load_state_dict(first.state_dict())
     if kind == 0:
-        torch.testing.assert_close(again.videomae.embeddings.position_embeddings[0], videomae_positions(3))
+        torch.testing.assert_close(again.backbone.embeddings.position_embeddings[0], videomae_positions(3))
     frames, mask = frames_of(16, config["image_size"])[None], torch.ones(1, 16, dtype=torch.bool)
     with torch.no_grad():
         assert torch.equal(first(frames, mask), again(frames, mask))
@@ -406,7 +406,7 @@ def test_an_encoder_is_rebuilt_from_its_config_alone(tmp_path, kind):
 
 def test_positions_at_160_pixels():
     config = SIZES | dict(image_size=160, pretrained_image_size=224, num_hidden_layers=1)
-    positions = VisionEncoder(config).videomae.embeddings.position_embeddings
+    positions = VisionEncoder(config).backbone.embeddings.position_embeddings
     torch.testing.assert_close(positions[0], videomae_positions(10))
 
 

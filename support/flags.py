@@ -1,0 +1,186 @@
+"""support/flags.py - train.py's flags, their types, and checks between them."""
+import argparse
+
+import torch
+
+from support.presets import PRESETS, get_preset
+from support.weights import TINY_VISION
+
+ABLATIONS = ("only-language", "labels-only", "vision-tokens", "shared-token", "without-tg",
+             "without-adv")
+HEADS = 4                       # attention heads of the detection head
+ABOVE_0, BELOW_1 = 1e-9, 0.999999
+
+
+def train_args(description: str, argv=None) -> argparse.Namespace:
+    """train.py's flags. The preset of --dataset gives defaults, and the command line wins."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    data_flags(parser.add_argument_group("data").add_argument)
+    model_flags(parser.add_argument_group("model").add_argument)
+    training_flags(parser.add_argument_group("training").add_argument)
+    run_flags(parser.add_argument_group("run").add_argument)
+    known = parser.parse_known_args(argv)[0]
+    parser.set_defaults(**get_preset(known.dataset, bool(known.features)))
+    args = parser.parse_args(argv)
+    check_train_args(parser, args)
+    return args
+
+
+def data_flags(flag):
+    flag("--dataset", choices=sorted(PRESETS), default="demo", help="preset, support/presets.py")
+    flag("--videos", help="folder of video files named as in the annotations: end to end")
+    flag("--features", help="folder of NAME.npy (T, V), instead of --videos")
+    flag("--annotations", help="ActivityNet-format JSON, or csv of THUMOS14 or EPIC-Kitchens")
+    flag("--descriptions", help="JSON {label: sentence from start pose to end pose}")
+    flag("--train-subset", default="training", help="subset name to train on, in any case")
+    flag("--test-subset", default="validation", help="subset name to evaluate on")
+    flag("--leave-out", nargs="+", default=[], metavar="VIDEO", help="videos to leave out")
+    flag("--skip-missing", action="store_true", help="go on without videos that have no file")
+    flag("--window", type=integer(1), default=768, help="L, steps of a window")
+    flag("--stride", type=integer(1), default=4, help="video frames per step")
+    flag("--num-frames", type=integer(), default=0, help="video frames that one feature sees")
+    flag("--resize-to", type=integer(), default=0, help="steps of a whole video (0 = windows)")
+    flag("--fps", type=real(0, 1000), default=0.0, help="frames a second (0 = as the data say)")
+    flag("--min-overlap", type=real(0, 1), default=0.5, help="share of a segment inside a window")
+    flag("--image-size", type=integer(1), default=160, help="side of the crop, pixels")
+    flag("--workers", type=integer(0, 1024), default=0, help="processes that read (0 = this one)")
+
+
+def model_flags(flag):
+    gpu = torch.cuda.is_available()
+    flag("--vision", default="tiny", help="VideoMAE file or folder, or InternViT folder")
+    flag("--lm", default="tiny", help="folder or name of a causal language model or InternVL3")
+    flag("--dtype", choices=["float32", "bfloat16"], default="bfloat16" if gpu else "float32",
+         help="of frozen weights and of encoder's and language model's arithmetic")
+    flag("--lora-rank", type=integer(1), default=128, help="rank of the LoRA matrices")
+    flag("--lora-alpha", type=real(), default=256, help="LoRA scale times rank")
+    flag("--layout", choices=["frames-first", "text-first"], default="frames-first",
+         help="order of the tokens, see vlm.py")
+    flag("--lambda-lang", type=lambda_lang, default="learned", metavar="{learned,generated,0..1}",
+         help="weight of language: Eq. 4, or a row of Table 4 (0 = vision only)")
+    flag("--ablation", choices=ABLATIONS, help="a row of Tables 2, 4, 9: experiments/ablations.py")
+    flag("--levels", type=integer(1, 30), default=6, help="levels of the pyramid")
+    flag("--width", type=integer(1), default=512, help="width of the head")
+    flag("--head-window", type=integer(), default=19, help="attention window in steps (0 = global)")
+    flag("--prior", type=real(ABOVE_0, BELOW_1), default=0.01, help="probability classes start at")
+
+
+def training_flags(flag):
+    flag("--epochs", type=integer(), default=120, help="of both kinds in turn (0 = only evaluate)")
+    flag("--warmup-epochs", type=real(), default=5, help="epochs of linear warm-up")
+    flag("--batch-size", type=integer(1), default=1, help="windows at a time, in every process")
+    flag("--accumulate", type=integer(1), default=1, help="batches whose gradients make one step")
+    flag("--lr", type=real(), default=1e-4, help="learning rate of head, projection, tokens, FC")
+    flag("--lr-vision", type=real(), default=5e-6, help="learning rate of the vision encoder")
+    flag("--lr-lm", type=real(), default=5e-6, help="learning rate of LoRA")
+    flag("--weight-decay", type=real(), default=0.05, help="on weights of linear layers and convs")
+    flag("--clip", type=real(ABOVE_0), default=1.0, help="largest norm of the gradient")
+    flag("--ema", type=real(0, BELOW_1), default=0.999, help="decay of weight average (0 = off)")
+    flag("--lambda-loc", type=real(), default=1.0, help="weight of the DIoU loss (Eq. 6)")
+    flag("--lambda-tg", type=real(), default=0.1, help="weight of L_tg (Eq. 9)")
+    flag("--lambda-adv", type=real(), default=0.1, help="weight of L_adv (Eq. 9)")
+
+
+def run_flags(flag):
+    gpu = torch.cuda.is_available()
+    flag("--out", default="out", help="folder for everything the run writes")
+    flag("--resume", action="store_true", help="go on from OUT/checkpoint.safetensors")
+    flag("--overwrite", action="store_true", help="start over in a folder that holds a run")
+    flag("--save-every", type=integer(), default=200, help="steps between checkpoints (0 = epochs)")
+    flag("--tiou", type=real(ABOVE_0, 1), nargs="+", default=[0.3, 0.4, 0.5, 0.6, 0.7],
+         help="tIoU thresholds of the evaluation")
+    flag("--nms-sigma", type=real(ABOVE_0), default=0.5, help="sigma of soft-NMS")
+    flag("--voting", type=real(0, 1), default=0.0, help="tIoU of segment voting (0 = off)")
+    flag("--max-per-video", type=integer(), default=200, help="most detections (0 = no limit)")
+    flag("--external-scores", help="JSON of video-level class scores for a class-agnostic head")
+    flag("--seed", type=integer(), default=0, help="seed of weights, order and augmentation")
+    flag("--device", type=device, default="cuda" if gpu else "cpu", help="cuda or cpu")
+    flag("--grad-checkpoint", choices=["on", "off"], default="on" if gpu else "off",
+         help="compute activations of encoder and language model again: less memory, more time")
+    flag("--compile", action="store_true", help="compile their layers; needs a C compiler")
+    flag("--dry-run", action="store_true", help="load everything, say what was found, run a step")
+
+
+def integer(low: int = 0, high: int = 10 ** 9):
+    """argparse type: a whole number from low to high."""
+    return number(int, low, high)
+
+
+def real(low: float = 0, high: float = 1e9):
+    """argparse type: a number from low to high."""
+    return number(float, low, high)
+
+
+def number(kind, low, high):
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not low <= value <= high:
+            what = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(
+                f"expected {what} from {low:g} to {high:g}, found {text}")
+        return value
+    return parse
+
+
+def lambda_lang(text: str):
+    """argparse type of --lambda-lang."""
+    if text in ("learned", "generated"):
+        return text
+    try:
+        return real(0, 1)(text)
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(f"expected 'learned', 'generated' or a number from 0 to "
+                                         f"1, found {text}") from None
+
+
+def device(text: str) -> str:
+    """argparse type of --device: one that is there."""
+    try:
+        found = torch.device(text)
+    except RuntimeError:
+        found = None
+    count = torch.cuda.device_count()
+    if found is not None:
+        if found.type == "cpu":
+            return text
+        if found.type == "cuda" and (found.index or 0) < count:
+            return text
+    raise argparse.ArgumentTypeError(f"expected cpu or a GPU that is there (cuda, cuda:0, ...; "
+                                     f"found {count} of them), not {text}")
+
+
+def check_train_args(parser, args) -> None:
+    """parser.error for train.py's flags that contradict or lack one another."""
+    if args.features and args.dataset == "demo":
+        parser.error("--features: the demo reads videos; say --dataset custom")
+    if bool(args.videos) == bool(args.features):
+        parser.error("expected either --videos DIR (end to end) or --features DIR")
+    if args.features and args.vision != "tiny":
+        parser.error("--vision: with --features there is no vision encoder; leave one of them out")
+    for flag in ("annotations", "descriptions"):
+        if not getattr(args, flag):
+            parser.error(f"expected --{flag} FILE")
+    if args.ablation and args.lambda_lang != "learned":
+        parser.error("--ablation and --lambda-lang change one thing each: leave out one of them")
+    if args.resume and args.overwrite:
+        parser.error("--resume goes on with a run and --overwrite starts over: leave out one of "
+                     "them")
+    steps, top = args.resize_to or args.window, 2 ** (args.levels - 1)
+    if steps < top:
+        parser.error(f"--levels {args.levels}: expected windows of at least {top} steps, one for "
+                     f"the top level of the pyramid, found {steps}; lower --levels, or raise "
+                     f"--window or --resize-to")
+    if args.ranges and len(args.ranges) != args.levels:
+        parser.error(f"--levels: expected {len(args.ranges)}, the ranges of the preset, found "
+                     f"{args.levels}")
+    if args.width % HEADS:
+        parser.error(f"--width: expected a multiple of the head's {HEADS} attention heads, found "
+                     f"{args.width}")
+    patch = TINY_VISION["patch_size"]
+    if args.videos and args.vision == "tiny" and args.image_size % patch:
+        parser.error(f"--image-size: expected a multiple of the patches of {patch} pixels, found "
+                     f"{args.image_size}")

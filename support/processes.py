@@ -1,0 +1,67 @@
+"""support/processes.py - several processes under torchrun, one GPU each. All of it does nothing in
+one process."""
+import os
+import sys
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+
+def rank() -> int:
+    """Number of this process."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def join_processes(args) -> None:
+    """Join the other processes and take a GPU of one's own; only the first process prints."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
+        return
+    if args.device == "cuda":
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(args.device)
+    dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
+    if rank():
+        sys.stdout = open(os.devnull, "w")
+
+
+def wait() -> None:
+    """Until all processes have come here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def average_over_processes(*tensors) -> None:
+    """Every tensor becomes its mean over all processes, in place."""
+    if not dist.is_initialized():
+        return
+    for tensor in tensors:
+        dist.all_reduce(tensor)
+        tensor /= world_size()
+
+
+class Parallel(DistributedDataParallel):
+    """torch's data parallelism with the attributes of the model inside.
+
+    A vision-only epoch leaves LoRA without gradient: `find_unused_parameters`. Class means are sums
+    of each process: `broadcast_buffers=False`, or those of the first would overwrite the others'.
+    """
+
+    def __init__(self, model):
+        super().__init__(model, find_unused_parameters=True, broadcast_buffers=False)
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.module, name)
+
+
+def in_parallel(model):
+    """The model, whose gradients become means over all processes where there are several."""
+    return Parallel(model) if dist.is_initialized() else model
