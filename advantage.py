@@ -4,10 +4,10 @@ How much did language lower the loss of each frame? A vision-only epoch fills `C
 vision-language epoch after it compares the loss of each frame with the mean of its class (Eq. 1),
 and trains a linear layer on the hidden state of [adv] to predict the difference (Eq. 2, 3).
 
-Dimensions: B batch, L frames of a window, D feature width, C classes, N segments of a window.
+Dimensions: B batch, L frames of a window, D feature width, C classes, N segments.
 """
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 
 class ClassMeans(nn.Module):
@@ -17,35 +17,37 @@ class ClassMeans(nn.Module):
     current epoch has not seen keeps the mean of the last epoch that saw it (0 before there is one).
     """
 
-    def __init__(self, num_classes: int):
+    def __init__(self, num_classes):
         super().__init__()
         self.register_buffer("total", torch.zeros(num_classes + 1))
         self.register_buffer("count", torch.zeros(num_classes + 1))
         self.register_buffer("previous", torch.zeros(num_classes + 1))
 
-    def reset(self) -> None:
+    def reset(self):
         """Start a new vision-only epoch."""
         self.previous.copy_(self.mean())
         self.total.zero_()
         self.count.zero_()
 
     @torch.no_grad()
-    def add(self, frame_loss: Tensor, frame_class: Tensor, mask: Tensor) -> None:
+    def add(self, frame_loss, frame_class, mask):
         """Add the losses of real frames to the sums of their classes.
 
         frame_loss: (B, L). frame_class: (B, L) int in 0..C. mask: (B, L) bool, False on padding.
         """
+        frame_class = frame_class.flatten()
         real = mask.flatten().to(self.total.dtype)
-        losses = frame_loss.flatten().to(self.total.dtype) * real
-        self.total.index_add_(0, frame_class.flatten(), losses)
-        self.count.index_add_(0, frame_class.flatten(), real)
+        losses = frame_loss.flatten().to(self.total.dtype)
+        self.total.index_add_(0, frame_class, losses * real)
+        self.count.index_add_(0, frame_class, real)
 
-    def mean(self) -> Tensor:
+    def mean(self):
         """(C + 1,) mean loss of each class, in units of the loss."""
-        return torch.where(self.count > 0, self.total / self.count.clamp(min=1), self.previous)
+        mean = self.total / self.count.clamp(min=1)
+        return torch.where(self.count > 0, mean, self.previous)
 
 
-def language_advantage(class_mean: Tensor, loss_vl: Tensor, frame_class: Tensor) -> Tensor:
+def language_advantage(class_mean, loss_vl, frame_class):
     """Eq. 1: A_lang^(l) = mean vision-only loss of frame l's class - its loss with language.
 
     class_mean: (C + 1,). loss_vl: (B, L). frame_class: (B, L) int -> (B, L), without gradient.
@@ -60,27 +62,27 @@ def language_advantage(class_mean: Tensor, loss_vl: Tensor, frame_class: Tensor)
 class AdvantagePredictor(nn.Module):
     """Eq. 2: FC. It starts at zero: no advantage is expected, lambda is 0, language is silent."""
 
-    def __init__(self, dim: int):
+    def __init__(self, dim):
         super().__init__()
         self.fc = nn.Linear(dim, 1)
         nn.init.zeros_(self.fc.weight)
         nn.init.zeros_(self.fc.bias)
 
-    def forward(self, f_adv: Tensor) -> Tensor:
+    def forward(self, f_adv):
         """f_adv: (B, L, D), hidden states of [adv] -> predicted advantage (B, L)."""
         return self.fc(f_adv).squeeze(-1)                                                 # Eq. 2
 
 
-def advantage_loss(predicted: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+def advantage_loss(predicted, target, mask):
     """Eq. 3: the mean squared error over real frames; 0 if there is none.
 
     predicted, target: (B, L). mask: (B, L) bool -> ().
     """
-    squared = (predicted - target) ** 2
-    return (squared * mask).sum() / mask.sum().clamp(min=1)                               # Eq. 3
+    squared = (predicted - target) ** 2 * mask
+    return squared.sum() / mask.sum().clamp(min=1)                                        # Eq. 3
 
 
-def frame_classes(segments: list, labels: list, length: int, num_classes: int) -> Tensor:
+def frame_classes(segments, labels, length, num_classes):
     """(B, L) class of each frame: that of the shortest segment that contains it.
 
     segments: B tensors (N, 2) in grid units. labels: B tensors (N,) int. A frame in no segment is
@@ -91,6 +93,6 @@ def frame_classes(segments: list, labels: list, length: int, num_classes: int) -
     for row, segment, label in zip(frame_class, segments, labels):
         spans = segment[:, 1] - segment[:, 0]
         for i in spans.argsort(stable=True).flip(0).tolist():            # the shortest comes last
-            inside = (segment[i, 0] <= t) & (t <= segment[i, 1])
-            row[inside] = label[i]
+            start, end = segment[i]
+            row[(start <= t) & (t <= end)] = label[i]
     return frame_class

@@ -1,9 +1,8 @@
 """data.py - videos or features, annotations and descriptions -> batches of windows (paper §4.1).
 
 A video is cut into windows of at most L steps. One step ("frame" in the paper) is one decoded frame
-of every `stride` (end to end), or one row of a feature file. Segments have two units only: seconds
-(in `Video`, in files) and grid units (in `Window`, `Batch`, the head), where unit l is step l of the
-window:
+of every `stride` (end to end), or one row of a feature file. Segments have two units: seconds (in
+`Video`, in files) and grid units (in `Window`, `Batch`, the head). Unit l is step l of a window:
 
     grid = seconds * fps / stride - 0.5 * num_frames / stride
 
@@ -61,28 +60,42 @@ class Batch:
     names: list         # B names of videos
     windows: list       # the B windows, without their inputs
 
-    def to(self, device) -> "Batch":
+    def to(self, device):
         """The same batch with its tensors on `device`."""
-        return replace(self, inputs=self.inputs.to(device), mask=self.mask.to(device),
-                       segments=[s.to(device) for s in self.segments],
-                       labels=[y.to(device) for y in self.labels],
-                       frame_class=self.frame_class.to(device))
+        return replace(
+            self,
+            inputs=self.inputs.to(device),
+            mask=self.mask.to(device),
+            segments=[segments.to(device) for segments in self.segments],
+            labels=[labels.to(device) for labels in self.labels],
+            frame_class=self.frame_class.to(device),
+        )
 
 
-def collate(windows: list, multiple: int, classes: list) -> Batch:
+def collate(windows, multiple, classes):
     """Pad windows to the longest, rounded up to `multiple`. classes: C names in class order."""
     lengths = torch.tensor([w.length for w in windows])
     L = -(-int(lengths.max()) // multiple) * multiple
     frames_per_step = len(windows[0].inputs) // windows[0].length
     inputs, answers = [], []
     for w in windows:
-        padding = w.inputs.new_zeros(frames_per_step * (L - w.length), *w.inputs.shape[1:])
+        missing = frames_per_step * (L - w.length)
+        padding = w.inputs.new_zeros(missing, *w.inputs.shape[1:])
         inputs.append(torch.cat([w.inputs, padding]))
-        answers.append(proposal_text(w.segments.tolist(), [classes[i] for i in w.labels.tolist()]))
-    segments, labels = [w.segments for w in windows], [w.labels for w in windows]
-    return Batch(torch.stack(inputs), torch.arange(L) < lengths[:, None], segments, labels,
-                 frame_classes(segments, labels, L, len(classes)), answers,
-                 [w.video.name for w in windows], [replace(w, inputs=None) for w in windows])
+        names = [classes[label] for label in w.labels.tolist()]
+        answers.append(proposal_text(w.segments.tolist(), names))
+    segments = [w.segments for w in windows]
+    labels = [w.labels for w in windows]
+    return Batch(
+        inputs=torch.stack(inputs),
+        mask=torch.arange(L) < lengths[:, None],
+        segments=segments,
+        labels=labels,
+        frame_class=frame_classes(segments, labels, L, len(classes)),
+        answers=answers,
+        names=[w.video.name for w in windows],
+        windows=[replace(w, inputs=None) for w in windows],
+    )
 
 
 class TALDataset(Dataset):
@@ -101,27 +114,31 @@ class TALDataset(Dataset):
     feature_dim: V that feature files have to have (0 = any).
     """
 
-    def __init__(self, videos: list, classes: list, window: int, stride: int = 1,
-                 num_frames: int = 0, training: bool = False, min_overlap: float = 0.5,
-                 image_size: int = 0, seed: int = 0, overlap: float = 0.5,
-                 frames_per_step: int = 1, resize_to: int = 0, feature_dim: int = 0):
+    def __init__(self, videos, classes, window, stride=1, num_frames=0, training=False,
+                 min_overlap=0.5, image_size=0, seed=0, overlap=0.5, frames_per_step=1,
+                 resize_to=0, feature_dim=0):
         if resize_to:                              # step l is centred on (l + 0.5) / R of the video
             window, stride, num_frames = resize_to, 1, 1
             videos = [replace(v, fps=resize_to / v.duration) for v in videos]
-        self.videos, self.classes = videos, {label: i for i, label in enumerate(classes)}
+        self.videos = videos
+        self.classes = {label: i for i, label in enumerate(classes)}
         self.window, self.stride, self.num_frames = window, stride, num_frames
-        self.training, self.min_overlap, self.seed, self.epoch = training, min_overlap, seed, 0
-        self.image_size, self.frames_per_step = image_size, frames_per_step
-        self.resize_to, self.feature_dim = resize_to, feature_dim
+        self.training = training
+        self.min_overlap = min_overlap
+        self.image_size = image_size
+        self.frames_per_step = frames_per_step
+        self.resize_to = resize_to
+        self.feature_dim = feature_dim
+        self.seed, self.epoch = seed, 0
         self.items = []                            # (video, first step of the window)
         for video in videos:
             starts = [0] if training else window_starts(self.steps(video), window, overlap)
             self.items += [(video, start) for start in starts]
 
-    def __len__(self) -> int:
+    def __len__(self):
         return len(self.items)
 
-    def steps(self, video: Video) -> int:
+    def steps(self, video):
         """Number of steps T of a video: rows of its feature file, or frames at `stride`."""
         if self.resize_to:
             return self.resize_to
@@ -129,10 +146,11 @@ class TALDataset(Dataset):
             return len(open_features(video.path))
         return max(1, int(video.duration * video.fps / self.stride + 1e-6))
 
-    def __getitem__(self, index: int) -> Window:
+    def __getitem__(self, index):
         video, start = self.items[index]
         rng = np.random.default_rng([self.seed, self.epoch, index])
-        T, beyond = self.steps(video), 0.5 * self.num_frames / self.stride
+        T = self.steps(video)
+        beyond = 0.5 * self.num_frames / self.stride                 # steps that a feature sees
         grid = seconds_to_grid(video.segments, video.fps, self.stride, self.num_frames)
         length = min(self.window, T - start)
         if self.training and not self.resize_to:
@@ -147,7 +165,7 @@ class TALDataset(Dataset):
         segments = torch.tensor(segments, dtype=torch.float32).reshape(-1, 2)
         return Window(video, start, length, inputs, segments, torch.tensor(labels).long())
 
-    def read_rows(self, video: Video, start: int, length: int) -> Tensor:
+    def read_rows(self, video, start, length):
         """(length, V) float32 rows of the feature file; all, interpolated, with resize_to."""
         rows = open_features(video.path, self.feature_dim)
         rows = rows if self.resize_to else rows[start:start + length]
@@ -164,28 +182,30 @@ class TALDataset(Dataset):
             rows = F.interpolate(rows.T[None], length, mode="linear")[0].T
         return rows
 
-    def read_clip(self, video: Video, start: int, length: int, rng) -> Tensor:
+    def read_clip(self, video, start, length, rng):
         """(k length, 3, image_size, image_size) uint8, k frames a step."""
         k, size = self.frames_per_step, self.image_size
+        steps = start + np.arange(length)
         within = (np.arange(k) + 0.5) / k - 0.5                      # offsets around a step
-        grid = (start + np.arange(length)[:, None] + within).ravel()
+        grid = (steps[:, None] + within).ravel()
         times = grid_to_seconds(grid, video.fps, self.stride, self.num_frames)
-        frames = read_frames(video.path, times, round(size * RESIZE) if self.training else size)
-        frames = torch.from_numpy(frames).permute(0, 3, 1, 2)        # (k length, 3, h, w)
+        short_side = round(size * RESIZE) if self.training else size
+        frames = read_frames(video.path, times, short_side)          # (k length, h, w, 3)
+        frames = torch.from_numpy(frames).permute(0, 3, 1, 2)
         return augment(frames, size, rng) if self.training else centre_crop(frames, size)
 
 
-def seconds_to_grid(seconds, fps: float, stride: int, num_frames: int):
+def seconds_to_grid(seconds, fps, stride, num_frames):
     """Seconds -> grid units, any shape."""
     return seconds * fps / stride - 0.5 * num_frames / stride
 
 
-def grid_to_seconds(grid, fps: float, stride: int, num_frames: int):
+def grid_to_seconds(grid, fps, stride, num_frames):
     """Grid units -> seconds, the inverse of `seconds_to_grid`."""
     return (grid * stride + 0.5 * num_frames) / fps
 
 
-def window_starts(T: int, L: int, overlap: float) -> list:
+def window_starts(T, L, overlap):
     """First steps of the sliding windows over T steps; the last window ends at the last step."""
     if T <= L:
         return [0]
@@ -193,8 +213,7 @@ def window_starts(T: int, L: int, overlap: float) -> list:
     return [*range(0, T - L, hop), T - L]
 
 
-def truncate_segments(segments: np.ndarray, start: int, length: int, beyond: float,
-                      min_overlap: float) -> tuple[np.ndarray, np.ndarray]:
+def truncate_segments(segments, start, length, beyond, min_overlap):
     """Segments (N, 2) of the video -> those of the window [start, start + length).
 
     A segment is cut at `beyond` outside of the window, for a feature sees that far. It stays if at
@@ -208,8 +227,7 @@ def truncate_segments(segments: np.ndarray, start: int, length: int, beyond: flo
     return cut[kept] - start, kept
 
 
-def random_window(T: int, L: int, segments: np.ndarray, min_overlap: float, beyond: float, rng,
-                  crop=(0.9, 1.0), tries: int = 200) -> tuple[int, int]:
+def random_window(T, L, segments, min_overlap, beyond, rng, crop=(0.9, 1.0), tries=200):
     """(start, length) of a training window: L steps of a long video, 90-100 % of a short one.
 
     It is drawn again until it holds an action, if the video has any.
@@ -224,14 +242,15 @@ def random_window(T: int, L: int, segments: np.ndarray, min_overlap: float, beyo
     return start, length
 
 
-def augment(frames: Tensor, size: int, rng) -> Tensor:
+def augment(frames, size, rng):
     """Random resized crop, flip, brightness, contrast and colour; one draw for the whole window.
 
     frames: (T, 3, h, w) uint8 -> (T, 3, size, size) uint8.
     """
     h, w = frames.shape[-2:]
     side = int(rng.integers(min(size, h, w), min(h, w) + 1))         # never enlarged
-    y, x = rng.integers(0, h - side + 1), rng.integers(0, w - side + 1)
+    y = rng.integers(0, h - side + 1)
+    x = rng.integers(0, w - side + 1)
     frames = frames[..., y:y + side, x:x + side]
     frames = F.interpolate(frames, (size, size), mode="bilinear", antialias=True)
     if rng.random() < 0.5:
@@ -243,14 +262,15 @@ def augment(frames: Tensor, size: int, rng) -> Tensor:
     return torch.from_numpy(np.stack(channels, 1))
 
 
-def centre_crop(frames: Tensor, size: int) -> Tensor:
+def centre_crop(frames, size):
     """(T, 3, h, w) with short side `size` -> (T, 3, size, size)."""
     h, w = frames.shape[-2:]
-    y, x = (h - size) // 2, (w - size) // 2
+    y = (h - size) // 2
+    x = (w - size) // 2
     return frames[..., y:y + size, x:x + size].contiguous()
 
 
-def batch_loader(dataset: TALDataset, multiple: int, workers: int, **order) -> DataLoader:
+def batch_loader(dataset, multiple, workers, **order):
     """Batches read by `workers` processes (0: by this one). order: batch_size or batch_sampler.
 
     Workers start anew with every pass, so they see the dataset's epoch.
@@ -260,7 +280,25 @@ def batch_loader(dataset: TALDataset, multiple: int, workers: int, **order) -> D
                       **order)
 
 
-def load_data(args, feature_dim: int = 0) -> tuple[TALDataset, TALDataset, dict]:
+def make_dataset(videos, classes, args, feature_dim, training=False):
+    """A TALDataset by train.py's flags, of video files (feature_dim 0) or of features."""
+    return TALDataset(
+        videos,
+        classes,
+        window=args.window,
+        stride=args.stride,
+        num_frames=args.num_frames,
+        training=training,
+        min_overlap=args.min_overlap,
+        image_size=args.image_size if args.videos else 0,
+        seed=args.seed,
+        frames_per_step=args.frames_per_step,
+        resize_to=args.resize_to,
+        feature_dim=feature_dim,
+    )
+
+
+def load_data(args, feature_dim=0):
     """(training set, test set, descriptions) from train.py's flags.
 
     feature_dim: V that features have to have (0 = that of the first training video).
@@ -280,12 +318,8 @@ def load_data(args, feature_dim: int = 0) -> tuple[TALDataset, TALDataset, dict]
                          f"choose an annotated subset")
     if args.features and not feature_dim:
         feature_dim = open_features(sets[0][0].path).shape[1]
-    common = dict(classes=classes, window=args.window, stride=args.stride,
-                  num_frames=args.num_frames, seed=args.seed, resize_to=args.resize_to,
-                  image_size=args.image_size if args.videos else 0,
-                  frames_per_step=args.frames_per_step, feature_dim=feature_dim)
-    training = TALDataset(sets[0], training=True, min_overlap=args.min_overlap, **common)
-    test = TALDataset(sets[1], **common)
+    training = make_dataset(sets[0], classes, args, feature_dim, training=True)
+    test = make_dataset(sets[1], classes, args, feature_dim)
     for note in notes + doubt_steps(test):
         print(f"note: {note}", file=sys.stderr)
     return training, test, descriptions

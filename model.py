@@ -12,11 +12,11 @@ from dataclasses import dataclass, field, replace
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from torch import Tensor, nn
+from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from advantage import AdvantagePredictor, ClassMeans
-from head import DetectionHead, Output
+from head import DetectionHead
 from support.language_models import enable_checkpointing
 from support.weights import build_encoder, vision_tensors
 from vlm import LanguageModel
@@ -47,14 +47,14 @@ class Config:
     label_smoothing: float = 0.0        # share of the class targets spread over all classes
 
     @property
-    def classes(self) -> list:
+    def classes(self):
         return list(self.descriptions)
 
 
 class ActionVLM(nn.Module):
     """The method: F_vis -> F_lang -> (F_cls, F_loc) -> proposals."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config):
         super().__init__()
         self.config = config
         C, D = len(config.descriptions), config.dim
@@ -73,7 +73,7 @@ class ActionVLM(nn.Module):
             label_smoothing=config.label_smoothing)
         self.class_means = ClassMeans(C)
 
-    def forward(self, batch, use_language: bool = True) -> Output:
+    def forward(self, batch, use_language=True):
         """batch: data.Batch. Without language the language model is not run at all."""
         f_vis = self.visual(batch)                                              # (B, L, D)
         if not use_language or self.language is None:
@@ -88,11 +88,11 @@ class ActionVLM(nn.Module):
         return replace(output, advantage=advantage, lambda_lang=lambda_lang,
                        text_loss=lang.text_loss)
 
-    def visual(self, batch) -> Tensor:
+    def visual(self, batch):
         """F_vis (B, L, D)."""
         return normalise(self.project(self.features(batch)))
 
-    def features(self, batch) -> Tensor:
+    def features(self, batch):
         """(B, L, V): the output of the vision encoder, or the rows of the feature files."""
         if self.vision is None:
             return batch.inputs
@@ -101,7 +101,7 @@ class ActionVLM(nn.Module):
             return self.vision(batch.inputs, batch.mask).float()
 
     @torch.no_grad()
-    def calibrate(self, batches) -> None:
+    def calibrate(self, batches):
         """Start the projection by standardising every input: mean 0, variance 1 over `batches`.
 
         Encoder features share a large constant offset. LayerNorm would keep it, and flatten the
@@ -114,17 +114,18 @@ class ActionVLM(nn.Module):
         self.project.bias.copy_(-self.project.weight.double() @ x.mean(0))
 
     @property
-    def multiple(self) -> int:
+    def multiple(self):
         """A padded window is a multiple of it: the pyramid halves it, VideoMAE cuts it in clips."""
-        return math.lcm(2 ** (self.config.levels - 1), self.vision.clip if self.vision else 1)
+        clip = self.vision.clip if self.vision else 1
+        return math.lcm(clip, 2 ** (self.config.levels - 1))
 
-    def checkpointing(self) -> None:
+    def checkpointing(self):
         """Compute activations of encoder and language model again in the backward pass."""
         for part in (self.vision, self.language):
             if part is not None:
                 part.checkpointing()
 
-    def compile_layers(self, **options) -> None:
+    def compile_layers(self, **options):
         """Run the layers of encoder and language model as compiled code; after `checkpointing`.
 
         options: of torch.compile.
@@ -137,7 +138,7 @@ class ActionVLM(nn.Module):
                 module.compile(dynamic=True, **options)
 
 
-def language_weight(advantage: Tensor) -> Tensor:
+def language_weight(advantage):
     """Eq. 4: lambda_lang = 2 sigmoid(ReLU(A)) - 1, (B, L) -> (B, L) in [0, 1).
 
     The predictor starts at exactly 0. torch's ReLU has gradient 0 there, so the detection loss
@@ -146,12 +147,12 @@ def language_weight(advantage: Tensor) -> Tensor:
     return 2 * torch.sigmoid(advantage.clamp(min=0)) - 1                        # Eq. 4
 
 
-def aggregate(f_vis: Tensor, f_lang: Tensor, weight: Tensor) -> Tensor:
+def aggregate(f_vis, f_lang, weight):
     """Eq. 5: language as a weighted residual. f_vis, f_lang (B, L, D), weight (B, L)."""
     return f_vis + weight[..., None] * f_lang                                   # Eq. 5
 
 
-def normalise(f: Tensor) -> Tensor:
+def normalise(f):
     """LayerNorm without parameters on both streams: lambda weighs like against like."""
     return F.layer_norm(f, f.shape[-1:])
 
@@ -163,7 +164,7 @@ class VisionEncoder(nn.Module):
     InternViT reads every frame by itself. config: see support/weights.py:build_encoder.
     """
 
-    def __init__(self, config: dict):
+    def __init__(self, config):
         super().__init__()
         self.kind = config.get("kind", "videomae")
         self.backbone, self.clip, self.tubelet = build_encoder(config)
@@ -172,43 +173,46 @@ class VisionEncoder(nn.Module):
         self.register_buffer("mean", mean[:, None, None], persistent=False)
         self.register_buffer("std", std[:, None, None], persistent=False)
 
-    def forward(self, frames: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, frames, mask):
         """frames: (B, k L, 3, H, W) uint8, k frames a step. mask: (B, L) bool -> (B, L, V).
 
         k L is a multiple of the clip length, or ValueError.
         """
-        L, k = mask.size(1), frames.size(1) // mask.size(1)
+        L = mask.size(1)
+        k = frames.size(1) // L
         if k * L % self.clip:
             raise ValueError(f"expected a multiple of {self.clip} frames, found {k * L}")
         pixels = (frames / 255 - self.mean) / self.std
         each = self.each_frame if self.kind == "internvit" else self.each_clip
         steps = each(pixels)                                                # (B, kL/tubelet, V)
         # Padding takes the last real step, or interpolation would mix it into the last real frame.
-        last = ((k * mask.sum(1, keepdim=True) - 1) // self.tubelet).clamp(min=0)         # (B, 1)
+        real_frames = k * mask.sum(1, keepdim=True)                         # (B, 1)
+        last = ((real_frames - 1) // self.tubelet).clamp(min=0)
         index = torch.arange(steps.size(1), device=steps.device).minimum(last)
         steps = steps.gather(1, index[..., None].expand_as(steps))
         return F.interpolate(steps.mT, L, mode="linear").mT                 # (B, L, V)
 
-    def each_clip(self, pixels: Tensor) -> Tensor:
+    def each_clip(self, pixels):
         """VideoMAE: (B, L, 3, H, W) -> (B, L/tubelet, V)."""
         B, time = len(pixels), self.clip // self.tubelet
         clips = rearrange(pixels, "b (n f) c h w -> (b n) f c h w", f=self.clip)
         tokens = self.backbone(clips).last_hidden_state                     # (B n, patches, V)
         return rearrange(tokens, "(b n) (t hw) v -> b (n t) hw v", b=B, t=time).mean(2)
 
-    def each_frame(self, pixels: Tensor) -> Tensor:
+    def each_frame(self, pixels):
         """InternViT: (B, L, 3, H, W) -> (B, L, V), without the class token."""
         images = rearrange(pixels, "b l c h w -> (b l) c h w")
         means = []
         for part in images.split(64):                                       # bounds the memory
-            means.append(self.backbone(part).last_hidden_state[:, 1:].mean(1))
+            tokens = self.backbone(part).last_hidden_state                  # (64, 1 + patches, V)
+            means.append(tokens[:, 1:].mean(1))
         return rearrange(torch.cat(means), "(b l) v -> b l v", b=len(pixels))
 
-    def load(self, path) -> list:
+    def load(self, path):
         """Take all of a file's weights, or InputError; -> names that are unused by design."""
         tensors, unused = vision_tensors(path, self.kind, self.backbone.state_dict())
         self.backbone.load_state_dict(tensors)
         return unused
 
-    def checkpointing(self) -> None:
+    def checkpointing(self):
         enable_checkpointing(self.backbone)

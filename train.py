@@ -24,17 +24,9 @@ from data import batch_loader, collate, load_data
 from evaluate import detect, score
 from head import detection_loss
 from model import ActionVLM, Config
-from support import checkpoint, commands, figures, flags, summary
+from support import checkpoint, commands, figures, flags, processes, summary
 from support.annotations import InputError
 from support.language_models import language_config, make_tiny_lm
-from support.processes import (
-    average_over_processes,
-    in_parallel,
-    join_processes,
-    rank,
-    wait,
-    world_size,
-)
 from support.weights import TINY_VISION, vision_config
 from vlm import instruction, proposal_text
 
@@ -72,13 +64,14 @@ def train(model, training_set, args, out=None, signals=None):
     state = TrainingState(model, args, batches_per_epoch, out, signals)
     if args.resume:
         checkpoint.resume(out / "checkpoint.safetensors", state)
-    model, state.began = in_parallel(model), (time.time(), state.epoch)
+    state.began = time.time(), state.epoch
+    model = processes.parallel(model, args.seed + state.step)
     state.save()
     while state.epoch < args.epochs:
         batches, resumed = state.batches(training_set), state.batches_done > 0
         if state.epoch % 2 == 0 or model.language is None:
             vision_only_epoch(model, batches, state.backpropagate, resumed)
-            average_over_processes(*model.class_means.buffers())
+            processes.average(*model.class_means.buffers())
             state.end_epoch("vision-only")
         else:
             vision_language_epoch(model, batches, state.backpropagate,
@@ -107,7 +100,7 @@ class TrainingState:
         loader = epoch_loader(self.model, training_set, self.epoch, self.args, self.batches_done)
         bar = tqdm(loader, f"epoch {self.epoch + 1}/{self.args.epochs}", self.batches_per_epoch,
                    leave=False, dynamic_ncols=True, initial=self.batches_done,
-                   disable=True if rank() else None)      # None: hidden where nobody watches
+                   disable=True if processes.rank() else None)     # None: shown on a terminal
         for batch in bar:
             yield batch.to(self.args.device)
 
@@ -117,7 +110,7 @@ class TrainingState:
         total: () the loss. terms: of the log, () or (B, L), of which real frames count.
         """
         (total / self.args.accumulate).backward()
-        average_over_processes(self.model.head.loss_normalizer)          # M of Eq. 6
+        processes.average(self.model.head.loss_normalizer)               # M of Eq. 6
         values = {}
         for name, term in {"loss": total, **terms}.items():
             values[name] = (term[batch.mask].mean() if term.ndim else term).item()
@@ -161,36 +154,39 @@ class TrainingState:
         """A row of the log, a checkpoint, and on to the next epoch."""
         means = torch.tensor(list(self.sums.values()), device=self.args.device)
         means /= self.batches_done
-        average_over_processes(means)
+        processes.average(means)
         terms = dict(zip(self.sums, means.tolist()))
         self.sums, self.batches_done, self.epoch = {}, 0, self.epoch + 1
-        if self.out is not None and rank() == 0:
+        if self.out is not None and processes.rank() == 0:
             summary.log_epoch(self.out / "log.jsonl", self, kind, terms)
         self.save()
 
     def save(self):
-        if self.out is not None and rank() == 0:
+        if self.out is not None and processes.rank() == 0:
             checkpoint.save_checkpoint(self.out / "checkpoint.safetensors", self)
 
 
-def parameter_groups(model, args) -> list:
+def parameter_groups(model, args):
     """AdamW groups: head, vision, lm (LoRA), each with its rate; decay on matrices of weights."""
-    decayed = {id(m.weight) for m in model.modules()
-               if isinstance(m, (nn.Linear, nn.Conv1d, nn.Conv3d))}
-    rates, groups = {"head": args.lr, "vision": args.lr_vision, "lm": args.lr_lm}, {}
+    decayed = set()
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv3d)):
+            decayed.add(module.weight)
+    rates = {"head": args.lr, "vision": args.lr_vision, "lm": args.lr_lm}
+    groups = {}
     for name, parameter in checkpoint.trained_parameters(model):
         part = "head"
         if name.startswith("vision."):
             part = "vision"
-        if name.startswith("language.lm."):
+        elif name.startswith("language.lm."):
             part = "lm"
-        groups.setdefault((part, id(parameter) in decayed), []).append(parameter)
-    return [dict(params=parameters, name=part, lr=rates[part], base_lr=rates[part],
-                 weight_decay=args.weight_decay if decay else 0.0)
+        decay = args.weight_decay if parameter in decayed else 0.0
+        groups.setdefault((part, decay), []).append(parameter)
+    return [dict(params=parameters, name=part, base_lr=rates[part], weight_decay=decay)
             for (part, decay), parameters in groups.items()]
 
 
-def lr_factor(step, steps_per_epoch, epochs, warmup_epochs) -> float:
+def lr_factor(step, steps_per_epoch, epochs, warmup_epochs):
     """Linear warm-up, then cosine to zero, per step; in [0, 1]."""
     warmup, total = round(warmup_epochs * steps_per_epoch), epochs * steps_per_epoch
     if step < warmup:
@@ -204,7 +200,8 @@ def epoch_loader(model, training_set, epoch, args, first=0):
     Each process has its share.
     """
     training_set.epoch = epoch
-    sampler = DistributedSampler(training_set, world_size(), rank(), seed=args.seed)
+    count, rank = processes.world_size(), processes.rank()
+    sampler = DistributedSampler(training_set, count, rank, seed=args.seed)
     sampler.set_epoch(epoch)
     batches = list(BatchSampler(sampler, args.batch_size, drop_last=False))
     return batch_loader(training_set, model.multiple, args.workers, batch_sampler=batches[first:])
@@ -215,7 +212,7 @@ def get_args(argv=None):
     return flags.train_args(__doc__, argv)
 
 
-def main(argv=None) -> int:
+def main(argv=None):
     """Returns the exit code: 0, 2 for a mistake in flags or files, 130 or 143 after a signal."""
     return commands.run_command("train.py", run, get_args(argv))
 
@@ -223,29 +220,23 @@ def main(argv=None) -> int:
 def run(args):
     """Data, model, Algorithm 1, then the evaluation by the first process."""
     started, out = time.time(), Path(args.out)
-    join_processes(args)
+    processes.join(args)
     torch.manual_seed(args.seed)
-    if rank():
-        wait()                            # for files that the first process writes
-    else:
+    with processes.first_one_first():                  # it writes files that others read
         checkpoint.open_folder(out, args)
-    training_set, test_set, descriptions = load_data(args)
-    model = build_model(args, build_config(args, training_set, descriptions))
-    if rank() == 0:
-        wait()
+        training_set, test_set, descriptions = load_data(args)
+        model = build_model(args, build_config(args, training_set, descriptions))
     if not args.resume:
         some = range(0, len(training_set), max(1, len(training_set) // 16))   # 16 videos or more
         windows = ([training_set[i]] for i in some)
         batches = (collate(w, model.multiple, model.config.classes) for w in windows)
         model.calibrate(batch.to(args.device) for batch in batches)
-    if rank():
-        torch.manual_seed(args.seed + 1000 * rank())
     summary.describe(model, parameter_groups(model, args), training_set, test_set)
     if args.dry_run:
         return dry_run(model, training_set, args)
     with checkpoint.StopSignals() as signals:
         state = train(model, training_set, args, out, signals)
-    if rank():
+    if processes.rank():
         return
     model.load_state_dict(state.ema, strict=False)                         # averaged weights
     detections = detect(model, test_set, args)
@@ -256,7 +247,7 @@ def run(args):
     print(f"{time.time() - started:.0f} s; wrote {', '.join(checkpoint.FILES)} to {out}")
 
 
-def build_config(args, training_set, descriptions) -> Config:
+def build_config(args, training_set, descriptions):
     """The model's Config from flags and data; makes the tiny language model of --lm tiny."""
     lm, vision = args.lm, {}
     if lm == "tiny":
@@ -275,7 +266,7 @@ def build_config(args, training_set, descriptions) -> Config:
                   **{name: getattr(args, name) for name in same})
 
 
-def build_model(args, config) -> ActionVLM:
+def build_model(args, config):
     """The model on its device, with published weights, checked against the length of a window."""
     model = ActionVLM(config)
     if args.ablation or args.lambda_lang not in ("learned", 0.0):

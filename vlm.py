@@ -45,7 +45,7 @@ class LanguageFeatures(NamedTuple):
     text_loss: Tensor | None         # () L_tg, Eq. 8; None without answers
 
 
-def instruction(descriptions: dict) -> str:
+def instruction(descriptions):
     """T_ins with T_desc in its place (Appendix B.2).
 
     descriptions: {label: sentence}; an empty sentence leaves the label alone.
@@ -58,7 +58,7 @@ def instruction(descriptions: dict) -> str:
             "The candidate actions include:\n" + "\n".join(lines))
 
 
-def proposal_text(segments, labels: list) -> str:
+def proposal_text(segments, labels):
     """Eq. 7: the answer T_pred for ground truth, "LongJump: 12-48, Diving: 60-75."
 
     segments: (N, 2) in frames of the window. labels: N names. The paper ranks proposals by their
@@ -73,7 +73,7 @@ def proposal_text(segments, labels: list) -> str:
     return ", ".join(f"{label}: {start}-{end}" for start, end, label in sorted(rows)) + "."
 
 
-def prefix_lm_mask(valid: Tensor, prefix: int) -> Tensor:
+def prefix_lm_mask(valid, prefix):
     """Attention mask of a prefix language model.
 
     valid: (B, N) bool, False on padding. The first `prefix` tokens see each other in both
@@ -99,26 +99,27 @@ class LanguageModel(nn.Module):
         stay float32.
     """
 
-    def __init__(self, folder, descriptions: dict, lora_rank: int = 128, lora_alpha: float = 256,
-                 layout: str = "frames-first", dtype: str = "float32"):
+    def __init__(self, folder, descriptions, lora_rank=128, lora_alpha=256,
+                 layout="frames-first", dtype="float32"):
         super().__init__()
         self.layout, self.classes = layout, list(descriptions)
         base, self.tokenizer = load_language_model(folder, getattr(torch, dtype))
         self.lm = add_lora(base, lora_rank, lora_alpha)
         table = base.get_input_embeddings().weight
-        self.dim, self.embedding_scale = table.size(1), float(table.float().std())
+        self.dim = table.size(1)
+        self.embedding_scale = float(table.float().std())
         special_tokens = torch.randn(len(SPECIAL_TOKENS), self.dim)
         self.special_tokens = nn.Parameter(special_tokens * self.embedding_scale)
         self.register_buffer("prompt_ids", torch.empty(0, dtype=torch.long), persistent=False)
         self.set_descriptions(descriptions)
 
-    def set_descriptions(self, descriptions: dict) -> None:
+    def set_descriptions(self, descriptions):
         """Read other descriptions from now on (unmatched ones measure modality bias, §4.3)."""
         ids = self.tokenize(instruction(descriptions))
         self.prompt_ids = torch.tensor(ids, device=self.prompt_ids.device)
         self.kept_prompt = None
 
-    def forward(self, f_vis: Tensor, mask: Tensor, answers: list | None = None) -> LanguageFeatures:
+    def forward(self, f_vis, mask, answers=None):
         """f_vis: (B, L, D) of unit scale. mask: (B, L) bool. answers: B texts T_pred, or None."""
         L = f_vis.size(1)
         answer_ids, answer_valid, labels = self.answer_tokens(answers, mask)
@@ -130,58 +131,66 @@ class LanguageModel(nn.Module):
         hidden = self.hidden_states(tokens, valid, self.prefix(L), cache)         # (B, n, D)
         A = answer_ids.size(1)
         hidden, answer = hidden.split([hidden.size(1) - A, A], dim=1)
-        frames = hidden[:, :4 * L] if self.layout == "frames-first" else hidden[:, -4 * L:]
+        frames = hidden[:, -4 * L:]
+        if self.layout == "frames-first":
+            frames = hidden[:, :4 * L]
         frame, cls, loc, adv = rearrange(frames.float(), "b (l four) d -> four b l d", four=4)
         text_loss = None if answers is None else self.text_loss(answer, labels)
         return LanguageFeatures(*self.read_out(frame, cls, loc, adv), text_loss)
 
-    def read_out(self, frame: Tensor, cls: Tensor, loc: Tensor, adv: Tensor) -> tuple:
+    def read_out(self, frame, cls, loc, adv):
         """The hidden states of v_l, [cls], [loc], [adv] -> F_lang,cls, F_lang,loc, F_adv."""
         return cls, loc, adv
 
-    def text_loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
+    def text_loss(self, hidden, labels):
         """Eq. 8: cross-entropy of the answer. hidden: (B, A, D). labels: (B, A), -100 = none."""
         logits = self.logits(hidden).float()                                      # (B, A, vocab)
         return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)  # Eq. 8
 
-    def sequence(self, f_vis, mask, answer_ids, answer_valid) -> tuple[Tensor, Tensor]:
+    def sequence(self, f_vis, mask, answer_ids, answer_valid):
         """Frames and prompt in order of the layout, then the answer.
 
         answer_ids, answer_valid: (B, A). Returns embeddings (B, N, D) and which are real (B, N).
         """
         B, L = mask.size()
         special = repeat(self.special_tokens, "three d -> b l three d", b=B, l=L)
-        # v_l gets the scale of the model's own embeddings.
-        frames = torch.cat([f_vis[:, :, None] * self.embedding_scale, special], dim=2)
+        # v_l has the scale of the model's own embeddings.
+        v = f_vis[:, :, None] * self.embedding_scale
+        frames = torch.cat([v, special], dim=2)                                   # (B, L, 4, D)
         frames = rearrange(frames, "b l four d -> b (l four) d")                  # (B, 4L, D)
         prompt = repeat(self.embed(self.prompt_ids), "t d -> b t d", b=B)         # (B, T, D)
+        real = repeat(mask, "b l -> b (l four)", four=4)
         tokens = [frames, prompt]
-        valid = [repeat(mask, "b l -> b (l four)", four=4), mask.new_ones(prompt.shape[:2])]
+        valid = [real, mask.new_ones(prompt.shape[:2])]
         if self.layout == "text-first":
             tokens.reverse()
             valid.reverse()
-        answer = self.embed(answer_ids)
-        return torch.cat([*tokens, answer], dim=1), torch.cat([*valid, answer_valid], dim=1)
+        tokens.append(self.embed(answer_ids))
+        valid.append(answer_valid)
+        return torch.cat(tokens, dim=1), torch.cat(valid, dim=1)
 
-    def answer_tokens(self, answers: list | None, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def answer_tokens(self, answers, mask):
         """Token ids of the answers, which of them are real, and labels; all (B, A).
 
         A label is the next token where it counts for Eq. 8, else -100. A is 0 without answers.
         """
-        lead, end, rows = self.tokenize(ANSWER), self.tokenizer.eos_token_id, []
+        lead = self.tokenize(ANSWER)
+        rows = []
         for text in answers or []:
-            rows.append(lead + self.tokenize(text) + [end])
-        shape = (len(mask), max(map(len, rows), default=0))
+            rows.append(lead + self.tokenize(text) + [self.tokenizer.eos_token_id])
+        longest = max(map(len, rows), default=0)
+        shape = (len(mask), longest)
         ids = torch.zeros(shape, dtype=torch.long)
         valid = torch.zeros(shape, dtype=torch.bool)
         labels = torch.full(shape, -100)
         for b, row in enumerate(rows):
-            ids[b, :len(row)] = torch.tensor(row)
+            row = torch.tensor(row)
+            ids[b, :len(row)] = row
             valid[b, :len(row)] = True
-            labels[b, len(lead) - 1:len(row) - 1] = torch.tensor(row[len(lead):])
+            labels[b, len(lead) - 1:len(row) - 1] = row[len(lead):]
         return ids.to(mask.device), valid.to(mask.device), labels.to(mask.device)
 
-    def hidden_states(self, tokens: Tensor, valid: Tensor, prefix: int, cache=None) -> Tensor:
+    def hidden_states(self, tokens, valid, prefix, cache=None):
         """Last hidden states (B, n, D) of tokens (B, n, D), the last n of a sequence.
 
         valid: (B, N), the real tokens of the whole sequence. prefix: see `prefix_lm_mask`.
@@ -199,15 +208,15 @@ class LanguageModel(nn.Module):
                            attention_mask=attention_masks(self.lm.config, mask),
                            use_cache=cache is not None, **before).last_hidden_state
 
-    def prefix(self, L: int) -> int:
+    def prefix(self, L):
         """Number of tokens that see each other in both directions."""
         return self.sequence_length(L) if self.layout == "frames-first" else 0
 
-    def sequence_length(self, L: int) -> int:
+    def sequence_length(self, L):
         """Tokens of a window of L frames with the prompt, without the answer: 4L + T."""
         return 4 * L + len(self.prompt_ids)
 
-    def check_length(self, L: int) -> None:
+    def check_length(self, L):
         """Raises InputError where the language model has too few positions for L frames."""
         T, limit = len(self.prompt_ids), self.lm.config.max_position_embeddings
         if self.sequence_length(L) + LONGEST_ANSWER > limit:
@@ -217,14 +226,14 @@ class LanguageModel(nn.Module):
                 f"descriptions and up to {LONGEST_ANSWER} of an answer; shorten the sentences, or "
                 f"lower --window")
 
-    def tokenize(self, text: str) -> list:
+    def tokenize(self, text):
         return self.tokenizer(text, add_special_tokens=False).input_ids
 
-    def embed(self, ids: Tensor) -> Tensor:
+    def embed(self, ids):
         """Token ids -> frozen embeddings."""
         return self.lm.get_input_embeddings()(ids)
 
-    def logits(self, hidden: Tensor) -> Tensor:
+    def logits(self, hidden):
         """Last hidden states (..., D) -> scores of the next token (..., vocabulary)."""
         with self.autocast(hidden.device):
             return self.lm.get_output_embeddings()(hidden)
@@ -234,17 +243,17 @@ class LanguageModel(nn.Module):
         enabled = self.lm.dtype == torch.bfloat16
         return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
-    def checkpointing(self) -> None:
+    def checkpointing(self):
         """Compute activations again in the backward pass from now on, with the same results."""
         enable_checkpointing(self.lm.get_base_model())
 
     @torch.no_grad()
-    def keep_prompt(self) -> None:
+    def keep_prompt(self):
         """Text-first: read the prompt once for all windows, until train() or eval() is called."""
         if self.layout == "text-first":
             self.kept_prompt = KeptPrompt(self)
 
-    def train(self, mode: bool = True):
+    def train(self, mode=True):
         self.kept_prompt = None                 # weights change in training
         return super().train(mode)
 
@@ -252,16 +261,17 @@ class LanguageModel(nn.Module):
 class KeptPrompt:
     """Keys and values of a prompt that comes first: no frame changes them."""
 
-    def __init__(self, language: LanguageModel):
+    def __init__(self, language):
         ids = language.prompt_ids[None]                                           # (1, T)
         self.cache = DynamicCache()
         valid = torch.ones_like(ids, dtype=torch.bool)
         language.hidden_states(language.embed(ids), valid, 0, self.cache)
 
-    def for_windows(self, B: int) -> DynamicCache:
+    def for_windows(self, B):
         """A cache of their own, from which B windows go on."""
         cache = DynamicCache()
         for number, layer in enumerate(self.cache.layers):
-            keys, values = layer.keys.expand(B, -1, -1, -1), layer.values.expand(B, -1, -1, -1)
+            keys = layer.keys.expand(B, -1, -1, -1)
+            values = layer.values.expand(B, -1, -1, -1)
             cache.update(keys, values, number)
         return cache

@@ -21,7 +21,8 @@ from advantage import frame_classes
 from data import load_data, seconds_to_grid
 from evaluate import detect, mean_average_precision, open_checkpoint, score
 from support.annotations import InputError, is_number, read_field
-from support.flags import checkpoint_flags, real, run_command
+from support.commands import checkpoint_flags, run_command
+from support.flags import real
 from support.results import to_ground_truth, write_figures
 
 LEVELS = ("easy", "medium", "hard")
@@ -42,7 +43,7 @@ def score_bias(args) -> None:
     model, train_args, out = open_checkpoint(args)
     if model.language is None and not args.groups:
         raise InputError(f"--checkpoint {args.checkpoint}: expected a model with language, found "
-                         f"one trained with --lambda-lang 0; only --groups can score it")
+                         f"one trained with --lambda-lang 0; give --groups, or another model")
     test = load_data(train_args, model.config.feature_dim)[1]
     reference = read_reference(args.groups)
     tiou = args.tiou or train_args.tiou
@@ -106,7 +107,7 @@ def unmatched_descriptions(descriptions: dict) -> dict:
 def language_advantage_on_performance(matched: float, unmatched: float) -> float:
     """LAP (§4.3): the relative drop of the average mAP with unmatched descriptions.
 
-    A small LAP says that vision is in charge. It is 0 where `matched` is 0.
+    A small LAP says that vision is in charge. LAP is 0 where the matched mAP is 0.
     """
     return (matched - unmatched) / matched if matched else 0.0
 
@@ -118,8 +119,7 @@ def mean_language_advantage(advantage: dict, dataset, labels: list) -> float:
     labels: class names, or ["all"]. The class of a step is that of the shortest action that
     contains it, as in Eq. 1. Returns NaN if no step has such a class.
     """
-    names = dataset.classes if labels == ["all"] else labels
-    chosen = [dataset.classes[name] for name in names]
+    chosen = [i for name, i in dataset.classes.items() if name in labels or labels == ["all"]]
     values = []
     for video in dataset.videos:
         series = advantage[video.name]                                              # (T,)
@@ -134,7 +134,7 @@ def mean_language_advantage(advantage: dict, dataset, labels: list) -> float:
 def read_reference(words: list) -> dict | None:
     """The words after --groups -> {class: AP of a vision-only run, mean over tIoU}.
 
-    Returns None if the words name no file. Raises InputError for other words and other files.
+    Returns None if no word names a file. Raises InputError for other words and other files.
     """
     files = [word for word in words if word != "thumos14"]
     if len(files) > 1 or len(words) > 2:
@@ -250,7 +250,7 @@ def get_args(argv=None):
     if args.incomplete is not None and args.groups:
         parser.error("--incomplete scores clips of its own: leave out --groups")
     if args.hard > args.easy:
-        parser.error(f"--hard {args.hard}: expected at most the AP of --easy, found {args.easy}")
+        parser.error(f"--hard {args.hard}: expected at most --easy, found {args.easy}")
     return args
 
 

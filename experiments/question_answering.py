@@ -2,8 +2,7 @@
 
     python -m experiments.question_answering --checkpoint out
 
-The language model answers every window of the test set with a list of proposals. The command
-scores the answers, counts hallucinations, and writes answers.json and boundaries.png (Fig. 6).
+It scores the answers, counts hallucinations, writes answers.json and boundaries.png (Fig. 6).
 """
 import argparse
 import json
@@ -25,7 +24,8 @@ from data import batch_loader, load_data
 from evaluate import merge_windows, open_checkpoint, score
 from experiments.bias import report_lap, unmatched_descriptions
 from support.annotations import InputError
-from support.flags import checkpoint_flags, integer, run_command
+from support.commands import checkpoint_flags, run_command
+from support.flags import integer
 from support.results import write_figures
 from vlm import ANSWER
 
@@ -55,9 +55,10 @@ def score_answers(args) -> None:
 
 
 @torch.no_grad()
-def answer(model, test, train_args, max_new_tokens: int = 256) -> tuple:
+def answer(model, test, args, max_new_tokens: int = 256) -> tuple:
     """Let the language model write about every window -> (predictions, answers).
 
+    args: flags of the training.
     predictions: {video: {"segments": (M, 2) seconds, "labels": [str], "scores": (M,)}}. A
     proposal has the score 1 / (1 + its place in the answer). Windows are merged as in `detect`.
     answers: one {"video", "start" (step), "length" (steps), "text", "proposals"} per window.
@@ -65,9 +66,8 @@ def answer(model, test, train_args, max_new_tokens: int = 256) -> tuple:
     model.eval()
     device, classes = next(model.parameters()).device, model.config.classes
     found, answers = {video.name: [] for video in test.videos}, []
-    loader = batch_loader(test, model.multiple, train_args.workers,
-                          batch_size=train_args.batch_size)
-    for batch in tqdm(loader, desc="answer", leave=False, dynamic_ncols=True, disable=None):
+    loader = batch_loader(test, model.multiple, args.workers, batch_size=args.batch_size)
+    for batch in tqdm(loader, "answer", leave=False, dynamic_ncols=True, disable=None):
         batch = batch.to(device)
         texts = generate(model.language, model.visual(batch), batch.mask, max_new_tokens)
         for window, text in zip(batch.windows, texts):
@@ -79,7 +79,7 @@ def answer(model, test, train_args, max_new_tokens: int = 256) -> tuple:
             found[window.video.name].append((moved, scores, labels))
             answers.append({"video": window.video.name, "start": window.start,
                             "length": window.length, "text": text, "proposals": proposals})
-    return merge_windows(found, test, classes, train_args), answers
+    return merge_windows(found, test, classes, args), answers
 
 
 @torch.no_grad()
@@ -134,7 +134,7 @@ def report_answers(out, answers: list, test) -> dict:
     print(f"\nhallucinations in {len(answers)} windows: fixed {100 * rates['fixed']:.2f} %, "
           f"infinite {100 * rates['infinite']:.2f} %; wrote answers.json, boundaries.png to {out}")
     (out / "answers.json").write_text(json.dumps(answers, indent=1) + "\n")
-    boundaries(out / "boundaries.png", sum(lists, []))
+    boundaries(out / "boundaries.png", [row for rows in lists for row in rows])
     return rates
 
 
@@ -164,10 +164,7 @@ def hallucination_rates(texts: list, proposals: list, lengths: list) -> dict:
 
 
 def boundaries(path, proposals: list) -> None:
-    """Fig. 6: how often each step of a window is start or end of a proposal (label, start, end).
-
-    Arrows point at the eight most frequent steps.
-    """
+    """Fig. 6: how often a step of a window is a start or end; arrows at the eight highest bars."""
     steps = np.array([row[1:] for row in proposals], dtype=np.int64).reshape(-1)
     values, counts = np.unique(steps, return_counts=True)
     figure, axis = plt.subplots(figsize=(9, 3), layout="constrained")

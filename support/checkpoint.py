@@ -72,10 +72,8 @@ def resume(path: Path, state) -> None:
     state.epoch, state.step = saved.progress["epoch"], saved.progress["step"]
     state.batches_done = saved.progress["windows"] // windows_at_once(state.args)
     state.sums = saved.progress["sums"]
-    if rank():
-        torch.manual_seed(state.args.seed + 1000 * rank() + state.step)
-        return
-    trim_log(path.with_name("log.jsonl"), state.epoch)
+    if rank() == 0:
+        trim_log(path.with_name("log.jsonl"), state.epoch)
     torch.set_rng_state(saved.tensors["random.cpu"])
     if "random.cuda" in saved.tensors and torch.device(device).type == "cuda":
         torch.cuda.set_rng_state(saved.tensors["random.cuda"])
@@ -160,6 +158,8 @@ def windows_at_once(args) -> int:
 # ------------------------------------------------------------------------------------ the folder
 def open_folder(out: Path, args) -> None:
     """Make --out ready: a new run needs a folder without another run's files, or --overwrite."""
+    if rank():
+        return
     found = [name for name in FILES if (out / name).exists()]
     if args.resume and "checkpoint.safetensors" not in found:
         raise InputError(f"--resume: expected checkpoint.safetensors of an earlier run in --out "

@@ -2,6 +2,7 @@
 one process."""
 import os
 import sys
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -18,7 +19,7 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def join_processes(args) -> None:
+def join(args) -> None:
     """Join the other processes and take a GPU of one's own; only the first process prints."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
         return
@@ -30,13 +31,17 @@ def join_processes(args) -> None:
         sys.stdout = open(os.devnull, "w")
 
 
-def wait() -> None:
-    """Until all processes have come here."""
-    if dist.is_initialized():
+@contextmanager
+def first_one_first():
+    """The others enter when the first process has left."""
+    if rank():
+        dist.barrier()
+    yield
+    if rank() == 0 and dist.is_initialized():
         dist.barrier()
 
 
-def average_over_processes(*tensors) -> None:
+def average(*tensors) -> None:
     """Every tensor becomes its mean over all processes, in place."""
     if not dist.is_initialized():
         return
@@ -62,6 +67,13 @@ class Parallel(DistributedDataParallel):
             return getattr(self.module, name)
 
 
-def in_parallel(model):
-    """The model, whose gradients become means over all processes where there are several."""
-    return Parallel(model) if dist.is_initialized() else model
+def parallel(model, seed: int):
+    """The model, whose gradients become means over all processes where there are several.
+
+    All but the first process draw other random numbers from here on.
+    """
+    if not dist.is_initialized():
+        return model
+    if rank():
+        torch.manual_seed(seed + 1000 * rank())
+    return Parallel(model)

@@ -7,9 +7,10 @@ import json
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
+
 from support.annotations import InputError, read_field, read_segments, shorten
 from support.checkpoint import written_whole
-
 
 TIOU = [0.3, 0.4, 0.5, 0.6, 0.7]
 
@@ -127,3 +128,27 @@ def write_figures(path, subset: str, tiou: list, result: dict) -> None:
         content[name] = value.tolist() if name == "mAP" else value
     content["AP"] = dict(zip(content.pop("classes"), result["AP"].T.tolist()))
     Path(path).write_text(json.dumps(content, indent=1) + "\n")
+
+
+def by_class(entries):
+    """Ground truth or predictions -> {label: {video: rows [start, end, score]}}; no score is 0."""
+    rows = {}
+    for video, entry in entries.items():
+        segments = np.asarray(entry["segments"], dtype=np.float64).reshape(-1, 2)
+        labels = list(entry["labels"])
+        scores = np.asarray(entry.get("scores", np.zeros(len(labels))), dtype=np.float64)
+        if not len(segments) == len(labels) == len(scores):
+            raise InputError(f"video {video}: expected as many segments and scores as labels, "
+                             f"found {len(segments)} segments, {len(scores)} scores, "
+                             f"{len(labels)} labels.")
+        if np.isnan(scores).any():
+            raise InputError(f"predictions of video {video}: expected numbers as scores, found "
+                             f"NaN. Did training diverge?")
+        for label, (start, end), score in zip(labels, segments.tolist(), scores.tolist()):
+            rows.setdefault(label, {}).setdefault(video, []).append((start, end, score))
+    return rows
+
+
+def count(entries: dict) -> int:
+    """Number of segments in ground truth or predictions."""
+    return sum(len(entry["labels"]) for entry in entries.values())

@@ -1,22 +1,16 @@
 """support/weights.py - published vision encoders -> our modules.
 
-    config = vision_config(path, image_size)                   # plain values for Config.vision
-    backbone, clip, tubelet = build_encoder(config)            # the module, without weights
-    tensors, unused = vision_tensors(path, config["kind"], backbone.state_dict())
-
-path: a file as the authors of VideoMAE (v1, v2) publish it (.pth), or a Hugging Face folder
-(config.json and weights) of a VideoMAE, an InternViT, or a whole InternVL. Of an InternVL, only
-the vision part is taken. Code beside weights is never run.
+A path is a file of VideoMAE's authors (v1 or v2, .pth), or the Hugging Face folder of a VideoMAE,
+an InternViT or a whole InternVL, whose vision part is taken. Code beside weights is never run.
 """
 import argparse
 import re
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
+import transformers
 from einops import rearrange
 from safetensors.torch import load_file
-from torch import nn
 
 from support.annotations import InputError, is_number, read_json, shorten
 
@@ -24,64 +18,52 @@ from support.annotations import InputError, is_number, read_json, shorten
 TINY_VISION = dict(hidden_size=96, num_hidden_layers=2, num_attention_heads=4,
                    intermediate_size=192, image_size=32, patch_size=16, num_frames=16,
                    tubelet_size=2, initializer_range=0.2)
-HEADS = {384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16}        # of VideoMAE S, B, L, H, g by width
-# model_type -> our kind, and the defaults of the code that the model is from
-FOLDERS = {
-    "videomae": ("videomae", dict(image_size=224, patch_size=16)),
-    "internvl_vision": ("internvit", dict(image_size=448, patch_size=14)),
-    "intern_vit_6b": ("internvit", dict(image_size=224, patch_size=14, norm_type="rms_norm",
-                                        attention_bias=False, use_qk_norm=True))}
+DEFAULTS = {                    # of the code that each model_type is from
+    "videomae": dict(image_size=224, patch_size=16),
+    "internvl_vision": dict(image_size=448, patch_size=14),
+    "intern_vit_6b": dict(image_size=224, patch_size=14, norm_type="rms_norm", qkv_bias=False,
+                          qk_normalization=True)}
 WHOLE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
          "patch_size", "num_frames", "tubelet_size", "image_size")
 FIELDS = (*WHOLE, "hidden_act", "layer_norm_eps", "norm_type", "attention_bias", "use_qk_norm")
-UNUSED = ("norm.", "fc_norm.", "layernorm.", "head.", "classifier.",       # no norm before pooling
-          "decoder.", "encoder_to_decoder.", "mask_token", "pos_embed",    # of pre-training
-          "language_model.", "lm_head.", "mlp1.", "multi_modal_projector.",    # rest of InternVL
-          "model.language_model.", "model.multi_modal_projector.")
+UNUSED = re.compile(
+    r"norm\.|fc_norm\.|layernorm\.|head\.|classifier\."                  # no norm before pooling
+    r"|decoder\.|encoder_to_decoder\.|mask_token|pos_embed"               # of pre-training
+    r"|(model\.)?(language_model|multi_modal_projector)\.|lm_head\.|mlp1\."    # rest of InternVL
+    r"|.*attention\.key\.bias$")       # softmax drops it: the same for all logits of a query
 
-# Patterns that turn a name of our module into the name in a file. They are replaced in turn.
-# The authors' VideoMAE has one attn.qkv.weight for query, key and value, and no bias for keys.
+# Patterns that turn a name of our module into the name in a file, one after the other.
 ORIGINAL_VIDEOMAE = {
     "embeddings.patch_embeddings.projection": "patch_embed.proj", "encoder.layer": "blocks",
     "attention.attention.(query|key|value).weight": "attn.qkv.weight",
-    "attention.attention.query.bias": "attn.q_bias",
-    "attention.attention.value.bias": "attn.v_bias", "attention.output.dense": "attn.proj",
-    "intermediate.dense": "mlp.fc1", "output.dense": "mlp.fc2",
-    "layernorm_before": "norm1", "layernorm_after": "norm2"}
-FOLDER_VIDEOMAE = {"query.bias": "q_bias", "value.bias": "v_bias"}
+    "attention.attention.([qv])(uery|alue).bias": r"attn.\1_bias",
+    "attention.output.dense": "attn.proj", "intermediate.dense": "mlp.fc1",
+    "output.dense": "mlp.fc2", "layernorm_before": "norm1", "layernorm_after": "norm2"}
 ORIGINAL_INTERNVIT = {
     "cls_token": "class_embedding", "position_embeddings": "position_embedding",
     "patch_embeddings.projection": "patch_embedding", "encoder.layer": "encoder.layers",
     "attention.[qkv]_proj": "attn.qkv", "attention.projection_layer": "attn.proj",
     "attention": "attn", "lambda_": "ls", "layernorm_before": "norm1", "layernorm_after": "norm2"}
+FOLDER_VIDEOMAE = {"([qv])(uery|alue).bias": r"\1_bias"}
 LAYOUTS = {"videomae": [ORIGINAL_VIDEOMAE, FOLDER_VIDEOMAE], "internvit": [ORIGINAL_INTERNVIT, {}]}
 
 
-def vision_config(path, image_size: int, num_frames: int = 16) -> dict:
+def vision_config(path, image_size: int) -> dict:
     """Describe a published encoder by plain values for Config.vision (see build_encoder).
 
-    image_size: side of our frames, pixels. num_frames: clip length of a VideoMAE file; a folder
-    says its own. InputError if the path is no such encoder, or if patches do not fill the image.
+    image_size: side of our frames, pixels. Raises InputError, also if patches do not fill it.
     """
-    if Path(path).is_dir():
-        config = folder_config(Path(path))
-    else:
-        config = file_config(path)
-        config["num_frames"] = num_frames
+    config = folder_config(Path(path)) if Path(path).is_dir() else file_config(path)
     patch = config["patch_size"]
     smaller = image_size // patch * patch
     if smaller != image_size:
         raise InputError(f"{path}: expected an image size that is a multiple of its patches of "
                          f"{patch} pixels, found {image_size}; take {smaller} or {smaller + patch}")
-    config["image_size"] = image_size
-    return config
+    return dict(config, image_size=image_size)
 
 
 def file_config(path) -> dict:
-    """Read the sizes of a VideoMAE file from the shapes of its tensors.
-
-    No shape shows the number of heads. The width V says it: see HEADS, and V / 64 otherwise.
-    """
+    """Read the sizes of a VideoMAE file from its tensors. The width V says the number of heads."""
     tensors = read_tensors(path)
     prefix, _ = find_layout(path, tensors, [ORIGINAL_VIDEOMAE])
     shape = tensors[prefix + "patch_embed.proj.weight"].shape
@@ -91,94 +73,69 @@ def file_config(path) -> dict:
     V, _, tubelet, _, patch = shape
     start = prefix + "blocks."
     layers = {name[len(start):].split(".")[0] for name in tensors if name.startswith(start)}
-    # If this bias is missing, vision_tensors says so later.
-    hidden = tensors.get(start + "0.mlp.fc1.bias", range(4 * V))
-    return dict(kind="videomae", pretrained_image_size=224, patch_size=patch, tubelet_size=tubelet,
-                hidden_size=V, num_hidden_layers=len(layers), intermediate_size=len(hidden),
-                num_attention_heads=HEADS.get(V, max(1, V // 64)), layer_norm_eps=1e-6)
+    hidden = tensors.get(start + "0.mlp.fc1.bias", range(4 * V))   # an error later, if missing
+    heads = {1280: 16, 1408: 16}.get(V, max(1, V // 64))       # VideoMAE H and g have wider heads
+    return dict(kind="videomae", pretrained_image_size=224, num_frames=16, patch_size=patch,
+                tubelet_size=tubelet, hidden_size=V, num_hidden_layers=len(layers),
+                intermediate_size=len(hidden), num_attention_heads=heads, layer_norm_eps=1e-6)
 
 
 def folder_config(folder: Path) -> dict:
     """Read the fields of config.json that make the encoder, under their names in transformers."""
     content = read_json(folder / "config.json")
-    # The layout of transformers is called internvl, the layout of the authors internvl_chat.
-    if isinstance(content, dict) and content.get("model_type") in ("internvl", "internvl_chat"):
-        content = content.get("vision_config")
+    if isinstance(content, dict):
+        content = content.get("vision_config", content)                # of a whole InternVL
     found = content.get("model_type") if isinstance(content, dict) else content
-    if not isinstance(found, str) or found not in FOLDERS:
-        raise InputError(f"{folder}/config.json: expected model_type {', '.join(FOLDERS)}, "
-                         f"internvl or internvl_chat, found {shorten(found)}; "
-                         f"give the folder of such a model")
-    names = {}
+    if found not in list(DEFAULTS):
+        raise InputError(f"{folder}/config.json: expected model_type {', '.join(DEFAULTS)}, or an "
+                         f"InternVL, found {shorten(found)}; give the folder of such a model")
+    values = {**DEFAULTS[found], **content}
     if found == "intern_vit_6b":
-        names = {"qkv_bias": "attention_bias", "qk_normalization": "use_qk_norm"}
-    kind, defaults = FOLDERS[found]
-    values = dict(defaults)
-    for name, value in content.items():
-        value = value[0] if isinstance(value, list) else value             # images are square
-        values[names.get(name, name)] = value
+        values["attention_bias"] = values["qkv_bias"]
+        values["use_qk_norm"] = values["qk_normalization"]
     fields = {name: values[name] for name in FIELDS if name in values}
-    for name in WHOLE:
-        value = fields.get(name, 1)
-        if not (is_number(value) and value >= 1 and value % 1 == 0):
+    for name, value in fields.items():
+        if isinstance(value, list) and value:
+            fields[name] = value = value[0]                            # images are square
+        if name in WHOLE and not (is_number(value) and value >= 1 and value % 1 == 0):
             raise InputError(f"{folder}/config.json: {name}: expected a whole number of at least "
-                             f"1, found {shorten(value)}")
+                             f"1, found {shorten(value)}; correct it")
+    kind = "videomae" if found == "videomae" else "internvit"
     return {"kind": kind, "pretrained_image_size": fields.pop("image_size"), **fields}
 
 
-def build_encoder(config: dict) -> tuple[nn.Module, int, int]:
+def build_encoder(config: dict) -> tuple[torch.nn.Module, int, int]:
     """Build (module of transformers, frames of a clip, frames of a step in time), without weights.
 
-    config: kind ("videomae" if absent, or "internvit"), fields of transformers' VideoMAEConfig or
-    InternVLVisionConfig (image_size, hidden_size, ...), and pretrained_image_size (if absent,
-    image_size): positions are interpolated from its grid of patches.
+    config: kind ("videomae", the default, or "internvit"), fields of its class in transformers,
+    and pretrained_image_size, whose grid of positions is interpolated (default: image_size).
     """
-    config = dict(config)
+    config = dict(config, use_mean_pooling=True)               # no norm after the layers
     kind = config.pop("kind", "videomae")
     pretrained = config.pop("pretrained_image_size", None)
-    if kind == "internvit":
-        return build_internvit(config, pretrained), 1, 1
-    videomae = build_videomae(config, pretrained)
-    return videomae, videomae.config.num_frames, videomae.config.tubelet_size
-
-
-def build_videomae(config: dict, pretrained: int | None) -> nn.Module:
-    """VideoMAEModel without a final norm. pretrained: image side of its positions, pixels."""
-    from transformers import VideoMAEConfig, VideoMAEModel
-    videomae = VideoMAEModel(VideoMAEConfig(**config, use_mean_pooling=True))
+    if kind == "internvit":                                    # interpolates at every call
+        config["image_size"] = pretrained or config["image_size"]
+        config = transformers.InternVLVisionConfig(**config)
+        return transformers.InternVLVisionModel(config), 1, 1
+    config = transformers.VideoMAEConfig(**config)
+    videomae = transformers.VideoMAEModel(config)
     for layer in videomae.encoder.layer:
-        # VideoMAE has no bias for keys. The one in transformers 5.17 has no effect.
-        layer.attention.attention.key.bias = None
-    if pretrained and pretrained != videomae.config.image_size:
-        positions = videomae_positions(videomae.config, pretrained)
-        videomae.embeddings.position_embeddings = positions
-    return videomae
-
-
-def videomae_positions(config, pretrained: int) -> torch.Tensor:
-    """(1, t h w, V): sinusoids of the pretrained grid, bicubically interpolated at every step t."""
-    steps = config.num_frames // config.tubelet_size
-    side = pretrained // config.patch_size
-    ours = config.image_size // config.patch_size
-    grid = sinusoids(steps * side ** 2, config.hidden_size)
-    grid = rearrange(grid, "(t h w) v -> t v h w", t=steps, h=side)
-    grid = F.interpolate(grid, (ours, ours), mode="bicubic")
-    return rearrange(grid, "t v h w -> () (t h w) v")
+        layer.attention.attention.key.bias = None      # VideoMAE has none, and it has no effect
+    if pretrained and pretrained != config.image_size:
+        steps = config.num_frames // config.tubelet_size
+        side, ours = pretrained // config.patch_size, config.image_size // config.patch_size
+        grid = sinusoids(steps * side ** 2, config.hidden_size)
+        grid = rearrange(grid, "(t h w) v -> t v h w", t=steps, h=side)
+        grid = torch.nn.functional.interpolate(grid, (ours, ours), mode="bicubic")
+        videomae.embeddings.position_embeddings = rearrange(grid, "t v h w -> () (t h w) v")
+    return videomae, config.num_frames, config.tubelet_size
 
 
 def sinusoids(n: int, width: int) -> torch.Tensor:
-    """VideoMAE's positions (n, V): sine in even channels j, cosine in odd ones, of
-    n / 10000^(2 (j // 2) / V)."""
+    """(n, V): sine in even channels j, cosine in odd ones, of n / 10000^(2 (j // 2) / V)."""
     channel = torch.arange(width, dtype=torch.float64)
     angle = torch.arange(n)[:, None] / 10000 ** (2 * (channel // 2) / width)
     return torch.where(channel % 2 == 0, angle.sin(), angle.cos()).float()
-
-
-def build_internvit(config: dict, pretrained: int | None) -> nn.Module:
-    """InternVLVisionModel, built for the pretrained grid. It interpolates at every call."""
-    from transformers import InternVLVisionConfig, InternVLVisionModel
-    config = dict(config, image_size=pretrained or config["image_size"])
-    return InternVLVisionModel(InternVLVisionConfig(**config, use_mean_pooling=True))
 
 
 def rename(name: str, layout: dict) -> str:
@@ -190,22 +147,21 @@ def rename(name: str, layout: dict) -> str:
 
 def find_layout(path, tensors: dict, layouts: list) -> tuple:
     """Find (prefix of every name of the encoder, its layout) by the patch embedding."""
-    ours = "embeddings.patch_embeddings.projection.weight"
-    markers = [rename(ours, layout) for layout in layouts]
-    for layout, marker in zip(layouts, markers):
+    markers = []
+    for layout in layouts:
+        marker = rename("embeddings.patch_embeddings.projection.weight", layout)
+        markers.append(marker)
         for name in tensors:
             if f".{name}".endswith(f".{marker}"):
                 return name.removesuffix(marker), layout
     raise InputError(f"{path}: expected a tensor {' or '.join(markers)}, found "
-                     f"{', '.join(list(tensors)[:3])}, ...; give a VideoMAE file, or a folder "
-                     f"with config.json")
+                     f"{list(tensors)[:3]}; give a VideoMAE file, or a folder with config.json")
 
 
 def vision_tensors(path, kind: str, expected: dict) -> tuple:
     """Read (weights under the names of our module, names of tensors that are left out by design).
 
-    expected: state_dict of transformers' VideoMAEModel or InternVLVisionModel. InputError names a
-    tensor that is missing, unknown or of another shape.
+    expected: state_dict of our module. InputError names a tensor that is missing or does not fit.
     """
     tensors = read_tensors(path)
     prefix, layout = find_layout(path, tensors, LAYOUTS[kind])
@@ -217,19 +173,15 @@ def vision_tensors(path, kind: str, expected: dict) -> tuple:
         parts, part = 1, 0
         if ".qkv." in source:                      # query, key, value in one tensor, in this order
             parts, part = 3, "qkv".index(name.split(".")[-2][0])
-        shape = (parts * ours.shape[0], *ours.shape[1:])
-        tensor = tensors.get(source)
-        if tensor is None or tensor.shape != shape:
-            found = "none" if tensor is None else f"shape {tuple(tensor.shape)}"
-            raise InputError(f"{path}: expected a tensor {source} of shape {shape}, found {found}; "
+        shape, tensor = f"shape {(parts * len(ours), *ours.shape[1:])}", tensors.get(source)
+        found = "none" if tensor is None else f"shape {tuple(tensor.shape)}"
+        if found != shape:
+            raise InputError(f"{path}: expected a tensor {source} of {shape}, found {found}; "
                              f"the file is incomplete or of another model")
         weights[name] = tensor.chunk(parts)[part]
         unused.pop(source, None)
     for name in unused:
-        # transformers 5.17 writes a bias of keys. It adds the same to all logits of a query, and
-        # softmax drops it.
-        bias_of_keys = name.endswith("attention.key.bias")
-        if not bias_of_keys and not name.removeprefix(prefix).startswith(UNUSED):
+        if not UNUSED.match(name.removeprefix(prefix)):
             raise InputError(f"{path}: expected the tensors of {kind} only, found {name}; "
                              f"the file is of another model")
     if prefix + "pos_embed" in tensors:
@@ -243,13 +195,16 @@ def vision_tensors(path, kind: str, expected: dict) -> tuple:
 def read_tensors(path) -> dict:
     """Read {name: tensor} of a .pth, .pt, .bin or .safetensors file, or of a Hugging Face folder.
 
-    A level "module", "model" or "state_dict" is taken off. Pickled files may hold tensors and
-    plain values only. InputError names the file that is missing, cut short, or something else.
+    A level "module", "model" or "state_dict" is taken off. InputError for a file that is missing,
+    cut short, or pickles anything but tensors and plain values.
     """
-    path = Path(path)
+    path, tensors = Path(path), {}
     if path.is_dir():
-        tensors = {}
-        for file in weight_files(path):
+        files = sorted(path.glob("model*.safetensors")) or sorted(path.glob("pytorch_model*.bin"))
+        if not files:
+            raise InputError(f"{path}: expected model*.safetensors or pytorch_model*.bin, found "
+                             f"none; fetch the weights into this folder")
+        for file in files:
             tensors.update(read_tensors(file))
         return tensors
     try:
@@ -258,30 +213,13 @@ def read_tensors(path) -> dict:
         with torch.serialization.safe_globals([argparse.Namespace]):       # VideoMAE's flags
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:                     # a damaged pickle can fail in any way
-        # Further sentences of torch advise to unpickle everything.
-        reason = f"{type(error).__name__}: {error}".split(". ")[0]
-        raise InputError(f"{path}: expected weights (.pth, .pt, .bin, .safetensors) or a Hugging "
-                         f"Face folder, found {reason}; check the path, or fetch the file "
-                         f"again") from error
+        reason = f"{type(error).__name__}: {error}".split(". ")[0]     # no advice to unpickle
+        raise InputError(f"{path}: expected weights (.pth, .pt, .bin, .safetensors) or a folder, "
+                         f"found {reason}; check the path, or fetch the file again") from error
     for level in ("module", "model", "state_dict"):
         if isinstance(content, dict) and level in content:
             content = content[level]
-            break
-    named = isinstance(content, dict)
-    if not named or not all(isinstance(tensor, torch.Tensor) for tensor in content.values()):
-        raise InputError(f"{path}: expected named tensors, found something else; "
-                         f"give a file with weights")
-    return content
-
-
-def weight_files(folder: Path) -> list:
-    """List the file that holds a Hugging Face folder's weights, or the several of its index."""
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        if (folder / name).exists():
-            return [folder / name]
-        index = folder / f"{name}.index.json"
-        if index.exists():
-            parts = read_json(index).get("weight_map", {}).values()
-            return sorted({folder / part for part in parts})
-    raise InputError(f"{folder}: expected model.safetensors, pytorch_model.bin or an index of "
-                     f"several, found none; fetch the weights into this folder")
+    if isinstance(content, dict) and all(map(torch.is_tensor, content.values())):
+        return content
+    raise InputError(f"{path}: expected named tensors, found something else; "
+                     f"give a file with weights")

@@ -1,44 +1,44 @@
 """Eq. 1-3: class means, language advantage, its prediction and its loss, on hand-computed values."""
 import torch
 
-from advantage import AdvantagePredictor, ClassMeanLoss, advantage_loss, frame_classes, language_advantage
+from advantage import AdvantagePredictor, ClassMeans, advantage_loss, frame_classes, language_advantage
 
 
-def test_class_mean_loss_is_the_mean_of_each_class_over_real_frames():
-    means = ClassMeanLoss(2)
+def test_class_means_are_the_means_of_each_class_over_real_frames():
+    means = ClassMeans(2)
     loss = torch.tensor([[1.0, 3.0, 5.0, 100.0], [2.0, 4.0, 6.0, 8.0]])
     frame_class = torch.tensor([[0, 0, 2, 1], [0, 1, 1, 2]])
     mask = torch.tensor([[True, True, True, False], [True] * 4])
-    means.update(loss, frame_class, mask)
+    means.add(loss, frame_class, mask)
     torch.testing.assert_close(means.mean(), torch.tensor([2.0, 5.0, 6.5]))
 
 
-def test_class_mean_loss_accumulates_over_updates_and_restarts_at_reset():
-    means = ClassMeanLoss(1)
+def test_class_means_accumulate_over_calls_and_restart_at_reset():
+    means = ClassMeans(1)
     one = torch.ones(1, 2, dtype=torch.bool)
-    means.update(torch.tensor([[1.0, 9.0]]), torch.tensor([[0, 1]]), one)
-    means.update(torch.tensor([[5.0, 7.0]]), torch.tensor([[0, 0]]), one)
+    means.add(torch.tensor([[1.0, 9.0]]), torch.tensor([[0, 1]]), one)
+    means.add(torch.tensor([[5.0, 7.0]]), torch.tensor([[0, 0]]), one)
     torch.testing.assert_close(means.mean(), torch.tensor([13 / 3, 9.0]))
     means.reset()
-    means.update(torch.tensor([[2.0, 4.0]]), torch.tensor([[0, 0]]), one)
+    means.add(torch.tensor([[2.0, 4.0]]), torch.tensor([[0, 0]]), one)
     torch.testing.assert_close(means.mean(), torch.tensor([3.0, 9.0]))      # background: not seen, keeps its mean
 
 
-def test_class_mean_loss_of_a_class_never_seen_is_zero():
-    assert ClassMeanLoss(3).mean().tolist() == [0, 0, 0, 0]
+def test_class_mean_of_a_class_never_seen_is_zero():
+    assert ClassMeans(3).mean().tolist() == [0, 0, 0, 0]
 
 
 def test_class_means_survive_save_and_load():
-    means, other = ClassMeanLoss(2), ClassMeanLoss(2)
-    means.update(torch.rand(2, 5), torch.randint(0, 3, (2, 5)), torch.ones(2, 5, dtype=torch.bool))
+    means, other = ClassMeans(2), ClassMeans(2)
+    means.add(torch.rand(2, 5), torch.randint(0, 3, (2, 5)), torch.ones(2, 5, dtype=torch.bool))
     other.load_state_dict(means.state_dict())
     assert torch.equal(other.mean(), means.mean())
 
 
-def test_class_mean_loss_ignores_gradients():
-    means = ClassMeanLoss(1)
-    means.update(torch.ones(1, 2, requires_grad=True), torch.zeros(1, 2, dtype=torch.long),
-                 torch.ones(1, 2, dtype=torch.bool))
+def test_class_means_ignore_gradients():
+    means = ClassMeans(1)
+    means.add(torch.ones(1, 2, requires_grad=True), torch.zeros(1, 2, dtype=torch.long),
+              torch.ones(1, 2, dtype=torch.bool))
     assert not means.total.requires_grad
 
 

@@ -99,7 +99,7 @@ def test_full_size_prints_a_row_with_all_its_figures(capsys, monkeypatch):
     monkeypatch.setattr(benchmark, "REPEATS", 1)
     assert benchmark.main(["full-size", "--device", "cpu", "--only", "S-1.5B"]) == 0
     row, = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if line.startswith("| ActionVLM-S")]
-    assert row[0].strip() == "ActionVLM-S-1.5B, reduced" and len(row) == 9 and all(cell.strip() for cell in row)
+    assert row[0].strip() == "ActionVLM-S-1.5B, reduced" and len(row) == 10 and all(cell.strip() for cell in row)
 
 
 def test_full_size_takes_the_rows_asked_for_and_says_what_does_not_fit(capsys, monkeypatch):

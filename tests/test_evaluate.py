@@ -11,9 +11,10 @@ import pytest
 import torch
 
 import evaluate
-from annotations import InputError, Video
 from data import TALDataset
-from evaluate import average_precision, load_ground_truth, load_predictions, mean_average_precision, temporal_iou
+from evaluate import average_precision, mean_average_precision, temporal_iou
+from support.annotations import Video
+from support.results import format_table, load_ground_truth, load_predictions
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"  # the peers' outputs and real data: not part of the project, absent in CI
@@ -43,7 +44,7 @@ def assert_close(actual, expected, tolerance=1e-12):
 def test_temporal_iou(kind):
     a, b = [[0.0, 10.0], [5.0, 5.0]], [[0.0, 10.0], [5.0, 15.0], [10.0, 20.0], [5.0, 5.0], [8.0, 3.0]]
     iou = temporal_iou(kind(a), kind(b))
-    assert type(iou) is type(kind(a)) and iou.shape == (2, 5)
+    assert isinstance(iou, torch.Tensor) and iou.shape == (2, 5)
     assert_close(iou, [[1, 5 / 15, 0, 0, 0], [0, 0, 0, 0, 0]], 1e-7)
     assert temporal_iou(kind(a)[:0], kind(b)).shape == (0, 5)
 
@@ -291,13 +292,12 @@ def test_broken_ground_truth_and_unreadable_files(tmp_path):
 def test_format_table():
     result = mean_average_precision(truth(v=[(0, 10, "Dive"), (0, 5, "LongJump")]), found(v=[(0, 6, "Dive", 1)]),
                                     [0.5, 0.75])
-    assert evaluate.format_table(result, [0.5, 0.75]).splitlines() == [
+    assert format_table(result, [0.5, 0.75]).splitlines() == [
         "| tIoU     |     0.5 |    0.75 | average |",
         "|:---------|--------:|--------:|--------:|",
         "| mAP      |   50.00 |    0.00 |   25.00 |",
         "| Dive     |  100.00 |    0.00 |   50.00 |",
         "| LongJump |    0.00 |    0.00 |    0.00 |"]
-    assert len(evaluate.format_table(result, [0.5, 0.75], per_class=False).splitlines()) == 3
 
 
 def test_main(tmp_path, capsys):
@@ -310,7 +310,7 @@ def test_main(tmp_path, capsys):
                       "AP": {"a": [1.0, 0.0], "b": [0.0, 0.0]}}
     with pytest.raises(SystemExit, match="2"):
         evaluate.main(flags + ["--tiou", "50"])
-    assert "error: --tiou: expected 1e-09 to 1, found 50" in capsys.readouterr().err
+    assert "error: argument --tiou: expected a number from 1e-09 to 1, found 50" in capsys.readouterr().err
     for mistake in (["--subset", "nosuch"], ["--json", str(tmp_path / "no" / "such.json")]):
         assert evaluate.main(flags + mistake) == 2
         assert capsys.readouterr().err.startswith("evaluate.py: error: ")
@@ -349,15 +349,25 @@ def test_command_on_published_detections(tmp_path, name, expected):
 def test_detect_reads_a_prompt_that_comes_first_once(tmp_path, make_model, monkeypatch):
     np.save(tmp_path / "v.npy", np.random.default_rng(0).normal(size=(20, 8)).astype(np.float32))
     test = TALDataset([Video("v", 20.0, 1.0, path=tmp_path / "v.npy")], ["Jump", "Run", "Throw"], window=8)
-    model = make_model(layout="text-first", lambda_lang=0.5)
+    model = make_model(layout="text-first")
+    model.language_weight = lambda advantage: torch.full_like(advantage, 0.5)      # at first it would be 0
+    args = SimpleNamespace(batch_size=3, workers=0, external_scores=None, nms_sigma=0.5, voting=0.0, max_per_class=0,
+                           max_per_video=200)
     original, read = model.language.hidden_states, []
     monkeypatch.setattr(model.language, "hidden_states",
                         lambda tokens, *more: read.append(tokens.shape[:2]) or original(tokens, *more))
-    once = evaluate.detect(model, test, batch_size=3).predictions["v"]
+    once = evaluate.detect(model, test, args).predictions["v"]
     T = len(model.language.prompt_ids)
-    assert len(test) == 4 and read == [(1, T), (3, 32), (1, 32)] and model.language.cached is None
-    monkeypatch.setattr(model.language, "prompt_cache", lambda B: None)
-    again = evaluate.detect(model, test, batch_size=3).predictions["v"]
+    assert len(test) == 4 and read == [(1, T), (3, 32), (1, 32)] and model.language.kept_prompt is None
+    monkeypatch.setattr(model.language, "keep_prompt", lambda: None)
+    again = evaluate.detect(model, test, args).predictions["v"]
     assert read[3:] == [(3, T + 32), (1, T + 32)] and once["labels"] == again["labels"]
     assert_close(once["segments"], again["segments"], 1e-4)
     assert_close(once["scores"], again["scores"], 1e-5)
+
+
+@pytest.mark.parametrize("flags", [["--video", "v.mp4"], ["--lm", "folder"]])
+def test_flags_of_a_model_want_a_checkpoint(flags, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        evaluate.get_args(["--ground-truth", "a", "--predictions", "b", *flags])
+    assert f"{flags[0]}: expected --checkpoint DIR with it" in capsys.readouterr().err

@@ -6,6 +6,7 @@ absent, and every fact is also tested without them.
 import copy
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,8 +14,21 @@ import torch
 import torch.nn.functional as F
 
 import head
-from head import (DetectionHead, HeadOutput, TemporalPyramid, assign_targets, decode, default_ranges, detection_loss,
-                  diou_loss, nms_per_class, pyramid_points, sigmoid_focal_loss, soft_nms, vote_segments)
+from evaluate import nms_per_class
+from head import (
+    DetectionHead,
+    Output,
+    TemporalPyramid,
+    assign_targets,
+    decode,
+    default_ranges,
+    detection_loss,
+    diou_loss,
+    pyramid_points,
+    sigmoid_focal_loss,
+    soft_nms,
+    vote_segments,
+)
 
 GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden"
 STRIDES = [1, 2, 4, 8, 16, 32]
@@ -59,8 +73,21 @@ def clip(length, batch=1, dim=6, seed=1):
 
 
 def one_level_output(logits, offsets, mask):
-    """(B, L, C), (B, L, 2), (B, L) at stride 1 as a HeadOutput."""
-    return HeadOutput([logits], [offsets], pyramid_points(logits.shape[1], [1], [[0, 1e4]]), [mask])
+    """(B, L, C), (B, L, 2), (B, L) at stride 1 as an Output."""
+    return Output([logits], [offsets], pyramid_points(logits.shape[1], [1], [[0, 1e4]]), [mask])
+
+
+def truth(segments, labels):
+    """What detection_loss reads of a batch: one list of segments and one of labels per clip."""
+    return SimpleNamespace(segments=[torch.tensor(s, dtype=torch.float32).reshape(-1, 2) for s in segments],
+                           labels=[torch.tensor(y, dtype=torch.long) for y in labels])
+
+
+def loss_head(normalizer, **options):
+    """A head for what detection_loss reads of it: M, lambda_loc, label smoothing."""
+    model = DetectionHead(1, 1, 4, 1, num_heads=1, **options)
+    model.loss_normalizer.fill_(normalizer)
+    return model
 
 
 # ----------------------------------------------------------------- the reference's arithmetic, in short
@@ -113,8 +140,8 @@ def official(sd, x, mask, leak=True, heads=4):
     logits = [conv_head(x, m, "cls_head", "cls_head") for x, m in zip(xs, masks)]
     offsets = [F.relu(sd[f"reg_head.scale.{i}.scale"] * conv_head(x, m, "reg_head", "offset_head"))
                for i, (x, m) in enumerate(zip(xs, masks))]
-    return (HeadOutput([x.mT for x in logits], [x.mT for x in offsets],
-                       pyramid_points(mask.shape[2], STRIDES[:levels], default_ranges(levels)), [m[:, 0] for m in masks]),
+    return (Output([x.mT for x in logits], [x.mT for x in offsets],
+                   pyramid_points(mask.shape[2], STRIDES[:levels], default_ranges(levels)), [m[:, 0] for m in masks]),
             [x.mT for x in xs])
 
 
@@ -178,10 +205,10 @@ def golden_model():
     return g, sd, from_official(sd, DetectionHead(24, 5, 32, window=0, drop_path=0.0))
 
 
-def golden_output(g, batch=slice(None), dtype=""):
-    """ActionFormer's own logits and offsets as a HeadOutput."""
-    return HeadOutput([g[f"logits{dtype}{i}"][batch].mT for i in range(6)], [g[f"offsets{dtype}{i}"][batch].mT for i in range(6)],
-                      pyramid_points(64, STRIDES, default_ranges(6)), [g[f"mask{i}"][batch, 0] for i in range(6)])
+def golden_output(g):
+    """ActionFormer's own logits and offsets as an Output."""
+    return Output([g[f"logits{i}"].mT for i in range(6)], [g[f"offsets{i}"].mT for i in range(6)],
+                  pyramid_points(64, STRIDES, default_ranges(6)), [g[f"mask{i}"][:, 0] for i in range(6)])
 
 
 # ------------------------------------------------------------------------------------ focal and DIoU
@@ -195,7 +222,6 @@ def test_eq6_focal_loss_hand_values():
     close(loss, [0, 0, 2500, 7500])
     loss.sum().backward()
     assert extreme.grad.isfinite().all()
-    assert sigmoid_focal_loss(torch.zeros(1, dtype=torch.bfloat16), torch.ones(1)).dtype == torch.float32
 
 
 @pytest.mark.parametrize("alpha, gamma", [(0.25, 2.0), (-1.0, 2.0), (0.25, 0.0), (0.5, 1.5)])
@@ -303,23 +329,20 @@ def test_eq6_assign_targets_golden(name):
 def test_eq6_detection_loss_hand_values():
     mask = torch.tensor([[True] * 6 + [False] * 2])
     offsets = torch.ones(1, 8, 2)
-    m = torch.tensor(10.0)
+    model, batch = loss_head(10.0, lambda_loc=2.0), truth([[[2.0, 4.0]]], [[0]])
     # Segment (2, 4), class 0: the only point strictly inside is t = 3, with offsets (1, 1), which are predicted exactly.
-    out = detection_loss(one_level_output(torch.zeros(1, 8, 2), offsets, mask), [torch.tensor([[2.0, 4.0]])],
-                         [torch.tensor([0])], m, lambda_loc=2.0)
+    loss = detection_loss(one_level_output(torch.zeros(1, 8, 2), offsets, mask), batch, model)
     positive, negative = 0.0625 * math.log(2), 0.1875 * math.log(2)
-    assert out.num_positive == 1
-    close(m, 0.9 * 10 + 0.1 * 1)  # updated before use
-    close(out.loss_cls, (positive + 11 * negative) / 9.1)
-    close(out.loss_loc, 0.0)
-    close(out.frame_loss, [[2 * negative] * 3 + [positive + negative] + [2 * negative] * 2 + [0, 0]])
+    close(model.loss_normalizer, 0.9 * 10 + 0.1 * 1)  # one positive point; updated before use
+    close(loss.cls, (positive + 11 * negative) / 9.1)
+    close(loss.loc, 0.0)
+    close(loss.per_frame, [[2 * negative] * 3 + [positive + negative] + [2 * negative] * 2 + [0, 0]])
     offsets[0, 3] = torch.tensor([0.5, 0.5])  # IoU .5, same centre
-    out = detection_loss(one_level_output(torch.zeros(1, 8, 2), offsets, mask), [torch.tensor([[2.0, 4.0]])],
-                         [torch.tensor([0])], m, lambda_loc=2.0, update_normalizer=False)
-    close(m, 9.1)
-    close(out.loss_loc, 0.5 / 9.1)
-    close(out.loss_dh, out.loss_cls + 2 * out.loss_loc)
-    close(out.frame_loss[0, 3], positive + negative + 2 * 0.5)
+    loss = detection_loss(one_level_output(torch.zeros(1, 8, 2), offsets, mask), batch, model)
+    close(model.loss_normalizer, 0.9 * 9.1 + 0.1)
+    close(loss.loc, 0.5 / 8.29)
+    close(loss.total, loss.cls + 2 * loss.loc)
+    close(loss.per_frame[0, 3], positive + negative + 2 * 0.5)
 
 
 def test_eq6_frame_loss_sums_the_levels():
@@ -327,18 +350,25 @@ def test_eq6_frame_loss_sums_the_levels():
     mask = torch.tensor([[True, True, True, False]])
     logits = [torch.tensor([[[0.0], [1], [2], [3]]]), torch.tensor([[[4.0], [5]]])]
     logits[0].requires_grad_()
-    output = HeadOutput(logits, [torch.zeros(1, 4, 2), torch.zeros(1, 2, 2)], points, [mask, mask[:, ::2]])
-    out = detection_loss(output, [torch.zeros(0, 2)], [torch.zeros(0, dtype=torch.long)], torch.tensor(100.0))
+    output = Output(logits, [torch.zeros(1, 4, 2), torch.zeros(1, 2, 2)], points, [mask, mask[:, ::2]])
+    loss = detection_loss(output, truth([[]], [[]]), loss_head(100.0))
     focal = sigmoid_focal_loss(torch.arange(6.0), torch.zeros(6))
-    close(out.frame_loss, [[focal[0] + focal[4], focal[1] + focal[4], focal[2] + focal[5], 0]])
-    assert not out.frame_loss.requires_grad and out.loss_dh.requires_grad
+    close(loss.per_frame, [[focal[0] + focal[4], focal[1] + focal[4], focal[2] + focal[5], 0]])
+    assert not loss.per_frame.requires_grad and loss.total.requires_grad
 
 
 def test_eq6_label_smoothing():
     logits, mask = torch.zeros(1, 4, 3), torch.ones(1, 4, dtype=torch.bool)
-    none = [torch.zeros(0, 2)], [torch.zeros(0, dtype=torch.long)]
-    out = detection_loss(one_level_output(logits, torch.zeros(1, 4, 2), mask), *none, torch.tensor(1.0), label_smoothing=0.1)
-    close(out.loss_cls, 12 * sigmoid_focal_loss(torch.zeros(1), torch.tensor([0.1 / 4]))[0])
+    loss = detection_loss(one_level_output(logits, torch.zeros(1, 4, 2), mask), truth([[]], [[]]),
+                          loss_head(1.0, label_smoothing=0.1))
+    close(loss.cls, 12 * sigmoid_focal_loss(torch.zeros(1), torch.tensor([0.1 / 4]))[0])
+
+
+def test_eq6_class_agnostic_head_has_one_class_for_all():
+    output = one_level_output(torch.zeros(1, 8, 1), torch.ones(1, 8, 2), torch.ones(1, 8, dtype=torch.bool))
+    first, last = (detection_loss(output, truth([[[2.0, 4.0]]], [[label]]), loss_head(10.0)) for label in (0, 2))
+    close(last.per_frame, first.per_frame)
+    close(first.cls, (0.0625 + 7 * 0.1875) * math.log(2) / 9.1)  # one positive point of eight
 
 
 def test_eq6_empty_clip_and_gradients():
@@ -346,23 +376,21 @@ def test_eq6_empty_clip_and_gradients():
     mask[1, 9:] = False
     x.requires_grad_()
     y = x.detach().clone().requires_grad_()
-    segments = [torch.tensor([[3.0, 9.0], [1.0, 15.0]]), torch.zeros(0, 2)]
-    labels = [torch.tensor([0, 2]), torch.zeros(0, dtype=torch.long)]
-    out = detection_loss(model(x, y, mask), segments, labels, model.loss_normalizer)
-    assert out.num_positive > 0
-    out.loss_loc.backward(retain_graph=True)  # offsets come from f_loc only
+    loss = detection_loss(model(x, y, mask), truth([[[3.0, 9.0], [1.0, 15.0]], []], [[0, 2], []]), model)
+    assert model.loss_normalizer > 0.9 * 100 + 0.1 * 1.5  # more than one positive point
+    loss.loc.backward(retain_graph=True)  # offsets come from f_loc only
     assert x.grad is None or x.grad.abs().sum() == 0
     assert y.grad[0].abs().sum() > 0 and y.grad[1].abs().sum() == 0  # no segment in clip 1
     model.zero_grad()
-    out.loss_dh.backward()
+    loss.total.backward()
     assert x.grad[0].abs().sum() > 0 and x.grad[1, :9].abs().sum() > 0 and x.grad[1, 9:].abs().sum() == 0
     missing = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all() or p.grad.abs().sum() == 0]
     assert all("linear.1.bias" in n for n in missing), missing  # a key bias shifts all logits of a query alike: no effect
 
     before = model.loss_normalizer.clone()
-    none = detection_loss(model(x, x, mask), [torch.zeros(0, 2)] * 2, [torch.zeros(0, dtype=torch.long)] * 2, model.loss_normalizer)
-    close(model.loss_normalizer, 0.9 * before + 0.1)  # max(num_positive, 1)
-    assert none.loss_loc == 0 and none.num_positive == 0 and none.loss_dh.isfinite()
+    none = detection_loss(model(x, x, mask), truth([[], []], [[], []]), model)
+    close(model.loss_normalizer, 0.9 * before + 0.1)  # max(number of positive points, 1)
+    assert none.loc == 0 and none.total.isfinite()
 
 
 def test_eq6_normalizer_is_saved():
@@ -381,8 +409,8 @@ def test_eq6_head_shapes_and_initial_values():
     x, mask = clip(16, batch=2), torch.ones(2, 16, dtype=torch.bool)
     mask[1, 5:] = False
     out = model(x, x, mask)
-    assert model.strides() == [1, 2, 4, 8]
-    for s, (logits, offsets, points, m) in enumerate(zip(*out)):
+    assert model.strides == [1, 2, 4, 8]
+    for s, (logits, offsets, points, m) in enumerate(zip(out.cls_logits, out.offsets, out.points, out.mask)):
         n = 16 // 2 ** s
         assert (logits.shape, offsets.shape, points.shape, m.shape) == ((2, n, 3), (2, n, 2), (n, 4), (2, n))
         assert (offsets >= 0).all() and (logits[1, ~m[1]] == 0).all() and torch.equal(m, mask[:, ::2 ** s])
@@ -394,8 +422,18 @@ def test_eq6_head_shapes_and_initial_values():
 def test_eq6_head_refuses_lengths_that_do_not_fit():
     with pytest.raises(ValueError, match="multiple of 8"):
         small_head()(clip(12), clip(12), torch.ones(1, 12, dtype=torch.bool))
-    with pytest.raises(ValueError, match="levels"):
-        DetectionHead(4, 2, 8, levels=3, ranges=[[0, 4]])
+    with pytest.raises(ValueError, match="shorter"):
+        DetectionHead(4, 2, 8, levels=3, ranges=[[0, 4]])(clip(8, dim=4), clip(8, dim=4), torch.ones(1, 8, dtype=torch.bool))
+
+
+def test_output_of_one_clip():
+    model, x, mask = small_head(), clip(16, batch=2), torch.ones(2, 16, dtype=torch.bool)
+    mask[1, 9:] = False
+    out = model(x, x, mask)
+    one = out.clip(1)
+    for s in range(4):
+        assert torch.equal(one.cls_logits[s], out.cls_logits[s][1]) and torch.equal(one.offsets[s], out.offsets[s][1])
+        assert torch.equal(one.mask[s], out.mask[s][1]) and torch.equal(one.points[s], out.points[s])
 
 
 def test_eq6_two_streams_share_one_pyramid(monkeypatch):
@@ -446,18 +484,21 @@ def test_eq6_padding_leaks_in_the_reference_and_here_not():
     assert (ours.cls_logits[0][1] - leaky.cls_logits[0][1]).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("window", [1, 3, 19, 41])
-def test_window_attention_equals_dense_band(window):
+@pytest.mark.parametrize("chunk", [16, 256])
+@pytest.mark.parametrize("window", [0, 1, 3, 19, 41])
+def test_attention_equals_dense_band(window, chunk):
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, 77, 8, requires_grad=True) for _ in range(3))
     mask = torch.ones(2, 77, dtype=torch.bool)
     mask[1, 50:] = False
     i = torch.arange(77)
-    band = ((i[:, None] - i).abs() <= window // 2) & mask[:, None]  # (B, L, L)
+    near = (i[:, None] - i).abs() <= window // 2 if window else torch.ones(77, 77, dtype=torch.bool)
+    band = near & mask[:, None]  # (B, L, L)
     logits = torch.einsum("bihd,bjhd->bhij", *(x.unflatten(2, (2, 4)) for x in (q, k))) / 2
     dense = logits.masked_fill(~band[:, None], -1e30).softmax(-1)
     dense = torch.einsum("bhij,bjhd->bihd", dense, v.unflatten(2, (2, 4))).flatten(2)
-    ours = head.window_attention(q, k, v, mask, 2, window)
+    ours = head.attend(q, k, v, mask, 2, window, chunk)
+    assert ours.isfinite().all()
     close(ours[mask], dense[mask])
     g = torch.randn_like(q) * mask[..., None]
     for a, b in zip(torch.autograd.grad(ours, (q, k, v), g), torch.autograd.grad(dense, (q, k, v), g)):
@@ -470,10 +511,9 @@ def test_a_clip_of_padding_only_is_finite(window):
     mask[1] = False
     x.requires_grad_()
     out = model(x, x, mask)
-    loss = detection_loss(out, [torch.tensor([[2.0, 6.0]]), torch.zeros(0, 2)], [torch.tensor([1]), torch.zeros(0, dtype=torch.long)],
-                          model.loss_normalizer)
-    loss.loss_dh.backward()
-    assert loss.loss_dh.isfinite() and loss.frame_loss[1].sum() == 0
+    loss = detection_loss(out, truth([[[2.0, 6.0]], []], [[1], []]), model)
+    loss.total.backward()
+    assert loss.total.isfinite() and loss.per_frame[1].sum() == 0
     assert x.grad.isfinite().all() and x.grad[1].abs().sum() == 0
     assert all(p.grad.isfinite().all() for p in model.parameters())
 
@@ -535,16 +575,15 @@ def test_eq6_detection_loss_golden():
     """The losses on ActionFormer's outputs, and the gradients of all its parameters, leak included."""
     g, sd, model = golden_model()
     t = golden("model/global_T64_train.npz")
-    truth = [t["segments0"], t["segments1"]], [t["labels0"], t["labels1"]]
-    m = torch.tensor(100.0)
-    out = detection_loss(golden_output(g), *truth, m)
-    close(out.loss_cls, t["cls_loss"].item(), 1e-5)
-    close(out.loss_loc, t["reg_loss"].item(), 1e-5)
-    close(out.loss_dh, t["final_loss"].item(), 1e-5)
-    close(m, t["loss_normalizer_after"].item())
+    batch = SimpleNamespace(segments=[t["segments0"], t["segments1"]], labels=[t["labels0"], t["labels1"]])
+    loss = detection_loss(golden_output(g), batch, model)
+    close(loss.cls, t["cls_loss"].item(), 1e-5)
+    close(loss.loc, t["reg_loss"].item(), 1e-5)
+    close(loss.total, t["final_loss"].item(), 1e-5)
+    close(model.loss_normalizer, t["loss_normalizer_after"].item())
 
     leaves = {k: v.clone().requires_grad_() for k, v in sd.items()}
-    detection_loss(official(leaves, g["x"], g["mask"], leak=True)[0], *truth, torch.tensor(100.0)).loss_dh.backward()
+    detection_loss(official(leaves, g["x"], g["mask"], leak=True)[0], batch, loss_head(100.0)).total.backward()
     for name, leaf in leaves.items():
         close(leaf.grad, torch.as_tensor(t[f"grad.{name}"]), 1e-4)
     close(torch.stack([v.grad.norm() for v in leaves.values()]).norm(), t["grad_norm"].item(), 1e-4)
@@ -555,12 +594,12 @@ def test_eq6_gradients_equal_the_reference_arithmetic():
     model, x = small_head(), clip(16, batch=2)
     mask = torch.ones(2, 16, dtype=torch.bool)
     mask[1, 11:] = False
-    truth = [torch.tensor([[2.0, 7.0], [1.0, 15.0]]), torch.tensor([[3.0, 9.0]])], [torch.tensor([0, 1]), torch.tensor([2])]
-    detection_loss(model(x, x, mask), *truth, torch.tensor(10.0)).loss_dh.backward()
+    batch = truth([[[2.0, 7.0], [1.0, 15.0]], [[3.0, 9.0]]], [[0, 1], [2]])
+    detection_loss(model(x, x, mask), batch, loss_head(10.0)).total.backward()
     copied = copy.deepcopy(model)
     copied.zero_grad()
     clean, _ = official(to_official(dict(copied.named_parameters())), x.mT, mask[:, None], leak=False)
-    detection_loss(clean, *truth, torch.tensor(10.0)).loss_dh.backward()
+    detection_loss(clean, batch, loss_head(10.0)).total.backward()
     for (name, p), q in zip(model.named_parameters(), copied.parameters()):
         torch.testing.assert_close(p.grad, q.grad, atol=1e-4, rtol=1e-3, msg=lambda s: f"{name}: {s}")
 
@@ -575,27 +614,27 @@ def test_decode_hand_values():
     offsets = [torch.ones(4, 2), torch.tensor([[1.0, 1.0], [0.5, 2.0]])]
     offsets[0][2] = 0.02  # shorter than .05: dropped
     mask = [torch.tensor([True, True, True, False]), torch.tensor([True, True])]  # step 3 is padding
-    segments, scores, labels = decode(logits, offsets, points, mask)
+    one = Output(logits, offsets, points, mask)
+    segments, scores, labels = decode(one)
     close(segments, [[0, 2], [2 - 0.5 * 2, 2 + 2.0 * 2]])
     close(scores, torch.tensor([0.0, -1.0]).sigmoid())
     assert labels.tolist() == [0, 1]
-    assert len(decode(logits, offsets, points, mask, min_score=0.9)[0]) == 0
-    best = decode(logits, [torch.ones(4, 2), torch.ones(2, 2)], points, mask, top_k=1)  # the best of each level
+    assert len(decode(one, min_score=0.9)[0]) == 0
+    best = decode(Output(logits, [torch.ones(4, 2), torch.ones(2, 2)], points, mask), top_k=1)  # the best of each level
     close(best[1], torch.tensor([1.0, -1.0]).sigmoid())
 
 
 def test_decode_external_scores():
     points = pyramid_points(2, [1], [[0, 4]])
-    args = [torch.zeros(2, 1)], [torch.ones(2, 2)], points, [torch.tensor([True, True])]
-    segments, scores, labels = decode(*args, external_scores=torch.tensor([0.2, 0.0, 0.8]))
+    one = Output([torch.zeros(2, 1)], [torch.ones(2, 2)], points, [torch.tensor([True, True])])
+    segments, scores, labels = decode(one, external_scores=torch.tensor([0.2, 0.0, 0.8]))
     close(scores, [0.4, 0.4, 0.1, 0.1])
     assert labels.tolist() == [2, 2, 0, 0]  # a class-agnostic head takes the classes of the video
 
 
 def test_decode_and_nms_golden():
     g, t = golden("model/global_T64_forward.npz"), golden("model/global_T64_infer.npz")
-    out = golden_output(g, batch=1)
-    segments, scores, labels = decode(*out)
+    segments, scores, labels = decode(golden_output(g).clip(1))
     close(segments, t["raw_segments"], 1e-4)
     close(scores, t["raw_scores"])
     assert torch.equal(labels, t["raw_labels"])
@@ -626,6 +665,7 @@ def test_soft_nms_hand_values(method, expected):
 def test_soft_nms_limits():
     assert [len(x) for x in soft_nms(torch.zeros(0, 2), torch.zeros(0))] == [0, 0, 0]
     assert soft_nms(SEGMENTS, SCORES, min_score=0.95)[2].tolist() == [0]  # the first pick always stays
+    assert soft_nms(SEGMENTS, SCORES, limit=2)[2].tolist() == [0, 1]
     point = torch.tensor([[3.0, 3.0], [3.0, 3.0]])  # zero length: no overlap, no NaN
     close(soft_nms(point, torch.tensor([0.5, 0.4]))[1], [0.5, 0.4])
     segments, scores, indices = soft_nms(torch.tensor([[0.0, 1]]).repeat(4, 1), torch.full((4,), 0.5), method="hard", min_score=0.0)
@@ -660,7 +700,7 @@ def test_nms_per_class_equals_one_class_after_the_other(method, voting, per_clas
         expected.append((s[:per_class or None], c[:per_class or None], label.expand(len(c))[:per_class or None]))
     s, c, y = (torch.cat(x) for x in zip(*expected))
     order = c.argsort(descending=True, stable=True)[:per_video or None]
-    got = nms_per_class(segments, scores, labels, method=method, voting_threshold=voting, max_per_class=per_class,
+    got = nms_per_class(segments, scores, labels, method=method, voting=voting, max_per_class=per_class,
                         max_per_video=per_video)
     close(got[0], s[order], 1e-4)
     assert torch.equal(got[1], c[order]) and torch.equal(got[2], y[order])
@@ -700,18 +740,3 @@ def test_vote_segments_hand_values():
 def test_vote_segments_golden(threshold):
     g = golden(f"nms/voting_{threshold}.npz")
     close(vote_segments(g["nms_segs"], g["all_segs"], g["all_scores"], float(g["thr"])), g["out_actionformer"])
-
-
-@pytest.mark.parametrize("length", [1, 2, 7, 64])
-def test_inference_convolution_with_fewer_products_equals_conv1d(length):
-    torch.manual_seed(0)
-    conv, x = head.Conv(24, 10), torch.randn(3, length, 24)
-    expected = F.conv1d(x.mT, conv.weight, conv.bias, padding=1).mT
-    with torch.no_grad():
-        torch.testing.assert_close(conv(x), expected, atol=2e-6, rtol=0)
-    torch.testing.assert_close(conv(x), expected, atol=2e-6, rtol=0)                 # what training computes
-
-
-def test_minimal_filtering_by_hand():
-    x, weight = torch.tensor([[[1.0], [2.0], [4.0]]]), torch.tensor([[[1.0, 10.0, 100.0]]])
-    assert head.minimal_filtering(x, weight).flatten().tolist() == [210.0, 421.0, 42.0]

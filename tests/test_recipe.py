@@ -10,14 +10,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from test_head import GOLDEN, official_name
 from torch import nn
 
-from annotations import Video
 from data import TALDataset, truncate_segments
 from evaluate import detect
-from head import DetectionHead, pyramid_points
-from model import Output
-from test_head import GOLDEN, official_name
+from head import DetectionHead, Output, pyramid_points
+from support.annotations import Video
 from train import lr_factor, parameter_groups
 
 
@@ -140,7 +139,7 @@ class FixedModel(nn.Module):
 
     found: {(video, first step of a window): [(step in the window, steps to its left, to its right, class, score)]}.
     """
-    multiple = 4
+    multiple, language = 4, None
     config = SimpleNamespace(classes=["a", "b"])
 
     def __init__(self, found):
@@ -155,10 +154,10 @@ class FixedModel(nn.Module):
             for step, left, right, label, score in self.found.get((window.video.name, window.start), []):
                 logits[b, step, label] = math.log(score / (1 - score))
                 offsets[b, step] = torch.tensor([left, right])
-        return Output([logits], [offsets], pyramid_points(L, [1], [[0, 1e4]]), [batch.mask], None, None, None)
+        return Output([logits], [offsets], pyramid_points(L, [1], [[0, 1e4]]), [batch.mask])
 
 
-def detections(tmp_path, found, lengths, duration=9.4, **kwargs):
+def detections(tmp_path, found, lengths, duration=9.4, sigma=0.5):
     """detect() on videos of `lengths` steps in windows of 8 (overlap .5). Two steps a second: grid unit g is at
     second (5 g + 0.5 * 10) / 10 = g / 2 + 0.5. Returns {video: [(start, end, label, score)]}, rounded."""
     videos = []
@@ -166,7 +165,9 @@ def detections(tmp_path, found, lengths, duration=9.4, **kwargs):
         np.save(tmp_path / f"{name}.npy", np.zeros((length, 1), np.float32))
         videos.append(Video(name, duration, 10.0, path=tmp_path / f"{name}.npy"))
     dataset = TALDataset(videos, ["a", "b"], window=8, stride=5, num_frames=10)
-    result = detect(FixedModel(found), dataset, batch_size=3, **kwargs).predictions
+    args = SimpleNamespace(batch_size=3, workers=0, external_scores=None, nms_sigma=sigma, voting=0.0, max_per_class=0,
+                           max_per_video=200)
+    result = detect(FixedModel(found), dataset, args).predictions
     return {name: [(*np.round(s, 4).tolist(), label, round(float(score), 4))
                    for s, label, score in zip(p["segments"], p["labels"], p["scores"])] for name, p in result.items()}
 

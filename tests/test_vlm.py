@@ -9,7 +9,7 @@ from conftest import CLASSES
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import vlm
-from annotations import InputError
+from support.annotations import InputError
 from vlm import LanguageModel, instruction, prefix_lm_mask, proposal_text
 
 
@@ -70,8 +70,7 @@ def test_language_features_depend_on_the_descriptions(lm_folder, layout):
 
 def test_under_a_causal_mask_frames_first_cannot_see_the_descriptions(lm_folder, monkeypatch):
     model, (f, mask) = make(lm_folder), inputs()
-    original = model.visibility
-    monkeypatch.setattr(model, "visibility", lambda *args: original(*args)._replace(causal=True))
+    monkeypatch.setattr(model, "prefix", lambda L: 0)
     before = model(f, mask)
     model.set_descriptions(dict(zip(CLASSES, reversed(CLASSES.values()))))
     after = model(f, mask)
@@ -110,16 +109,27 @@ def llama_folder(lm_folder, folder):
     return folder
 
 
-def dense_hidden_states(model, layout, L):
-    """In place of `hidden_states`: transformers' own attention with a mask of N x N."""
-    def hidden_states(tokens, valid, visibility, cache):
+def mask_by_definition(valid, prefix):
+    """(B, 1, N, N) bool, one token at a time."""
+    B, N = valid.shape
+    allowed = torch.zeros(B, 1, N, N, dtype=torch.bool)
+    for i in range(N):
+        for j in range(N):
+            seen = j <= i or max(i, j) < prefix
+            allowed[:, 0, i, j] = (valid[:, j] & seen) | (i == j)
+    return allowed
+
+
+def hidden_states_by_definition(model, layout, L):
+    """In place of `hidden_states`: transformers' plain attention, to whose scores a mask of numbers is added."""
+    def hidden_states(tokens, valid, prefix, cache=None):
         base = model.lm.get_base_model()
         base.set_attn_implementation("eager")
-        mask = prefix_lm_mask(valid, model.sequence_length(L) if layout == "frames-first" else 0)
+        mask = mask_by_definition(valid, 4 * L + len(model.prompt_ids) if layout == "frames-first" else 0)
         position = (valid.cumsum(1) - 1).clamp(min=0)
         hidden = base.model(inputs_embeds=tokens, position_ids=position, use_cache=False,
                             attention_mask=torch.zeros(mask.shape).masked_fill(~mask, -1e9)).last_hidden_state
-        base.set_attn_implementation("prefix")
+        base.set_attn_implementation("sdpa")
         return hidden
     return hidden_states
 
@@ -128,42 +138,23 @@ def dense_hidden_states(model, layout, L):
 @pytest.mark.parametrize("lengths, answers", [((8, 8), None), ((8, 5), None), ((8, 8), ["Jump: 1-4.", "No action."]),
                                               ((8, 5), ["Jump: 1-4, Run: 2-3.", "No action."])])
 @pytest.mark.parametrize("layout", ["frames-first", "text-first"])
-def test_attention_in_parts_is_attention_with_a_dense_mask(lm_folder, tmp_path, monkeypatch, layout, lengths, answers,
-                                                           architecture):
-    """Features, loss and gradients; in parts with activation checkpointing, which calls the layers again."""
+def test_who_sees_whom_is_as_defined(lm_folder, tmp_path, monkeypatch, layout, lengths, answers, architecture):
+    """Features, loss and gradients; with activation checkpointing, which calls the layers again."""
     folder = lm_folder if architecture == "qwen2" else llama_folder(lm_folder, tmp_path / "llama")
     results = []
-    for dense in (True, False):
+    for defined in (True, False):
         model, (f, mask) = make(folder, layout=layout).train(), inputs(lengths)
-        if dense:
-            monkeypatch.setattr(model, "hidden_states", dense_hidden_states(model, layout, 8))
+        if defined:
+            monkeypatch.setattr(model, "hidden_states", hidden_states_by_definition(model, layout, 8))
         else:
             model.checkpointing()
-        out = model(f.requires_grad_(), mask, answers, padded=min(lengths) < 8)
+        out = model(f.requires_grad_(), mask, answers)
         loss = (torch.cat(out[:3], -1)[mask] ** 2).mean() + (out.text_loss if answers else 0)
         loss.backward()
         trained = [p.grad for p in model.parameters() if p.requires_grad]
         results.append([x[mask] for x in out[:3]] + [loss, f.grad[mask]] + [g for g in trained if g is not None])
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("layout", ["frames-first", "text-first"])
-def test_no_mask_has_as_many_rows_as_the_sequence(lm_folder, monkeypatch, layout):
-    model, original, seen = make(lm_folder, layout=layout), F.scaled_dot_product_attention, []
-
-    def record(query, key, value, attn_mask=None, is_causal=False, **options):
-        seen.append((tuple(query.shape), None if attn_mask is None else tuple(attn_mask.shape), is_causal))
-        return original(query, key, value, attn_mask=attn_mask, is_causal=is_causal, **options)
-    monkeypatch.setattr(F, "scaled_dot_product_attention", record)
-    f, mask = inputs((8, 5))
-    model(f, mask, ["Jump: 1-4.", "No action."])
-    A, P = seen[1][0][2], model.sequence_length(8)
-    row = None if layout == "text-first" else (2, 1, 1, P)
-    assert seen == [((2, 4, P, 8), row, layout == "text-first"), ((2, 4, A, 8), (2, 1, A, P + A), False)] * 2
-    seen.clear()
-    model(f, torch.ones_like(mask), padded=False)
-    assert seen == [((2, 4, P, 8), None, layout == "text-first")] * 2
 
 
 @pytest.mark.parametrize("layout", ["frames-first", "text-first"])
@@ -175,49 +166,58 @@ def test_padded_frames_stay_finite(lm_folder, layout):
 
 @pytest.mark.filterwarnings("error")                         # transformers has renamed what it is given the cache by
 @pytest.mark.parametrize("lengths", [(8,), (8, 5), (5, 8, 1)])
-def test_cached_prompt_gives_the_same_features(lm_folder, lengths):
+def test_kept_prompt_gives_the_same_features(lm_folder, lengths):
     model, (f, mask) = make(lm_folder, layout="text-first"), inputs(lengths)
     plain = model(f, mask)
-    with model.cached_prompt():
-        for _ in range(2):
-            cached = model(f, mask)
-            assert {key.size(2) for pair in model.cached for key in pair} == {len(model.prompt_ids)}   # has not grown
-        one = model(f[:1], mask[:1])
-    for a, b, c in zip(plain[:3], cached[:3], one[:3]):
+    model.keep_prompt()
+    for _ in range(2):
+        kept = model(f, mask)
+        assert {layer.keys.size(2) for layer in model.kept_prompt.cache.layers} == {len(model.prompt_ids)}   # has not grown
+    one = model(f[:1], mask[:1])
+    for a, b, c in zip(plain[:3], kept[:3], one[:3]):
         torch.testing.assert_close(a[mask], b[mask], atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(a[:1][mask[:1]], c[mask[:1]], atol=1e-5, rtol=1e-5)
 
 
-def test_cached_prompt_computes_frames_alone_and_no_gradients(lm_folder, monkeypatch):
+def test_kept_prompt_is_read_once_without_gradients_and_forgotten_in_time(lm_folder, monkeypatch):
     model, (f, mask) = make(lm_folder, layout="text-first"), inputs()
     read, original = [], model.hidden_states
     monkeypatch.setattr(model, "hidden_states", lambda tokens, *rest: read.append(tokens.size(1)) or original(tokens, *rest))
-    with model.cached_prompt():
-        assert not model(f, mask).f_adv.requires_grad
+    T, other = len(model.prompt_ids), dict(zip(CLASSES, reversed(CLASSES.values())))
+    model.keep_prompt()
+    assert not any(layer.keys.requires_grad or layer.values.requires_grad for layer in model.kept_prompt.cache.layers)
+    model(f, mask)
+    model(f, mask)
+    assert read == [T, 32, 32]
+    model.set_descriptions(other)                                       # read anew from here on
+    plain, T = model(f, mask), len(model.prompt_ids)
+    model.keep_prompt()
+    torch.testing.assert_close(model(f, mask).f_adv, plain.f_adv, atol=1e-5, rtol=1e-5)
+    assert read[3:] == [T + 32, T, 32]
+    for forget in (model.train, model.eval):
+        model.keep_prompt()
+        forget()
         model(f, mask)
-        model.set_descriptions(dict(zip(CLASSES, reversed(CLASSES.values()))))             # drops it
-        changed = model(f, mask)
-        model.train()(f, mask)                                                             # reads it all
-    T = len(model.prompt_ids)
-    assert read == [T, 32, 32, T, 32, T + 32]
-    torch.testing.assert_close(changed.f_adv, model.eval()(f, mask).f_adv, atol=1e-5, rtol=1e-5)
+    assert read[6:] == [T, T + 32] * 2
+    assert model(f, mask).f_adv.requires_grad                           # nothing is left of `no_grad`
 
 
-def test_cached_prompt_is_dropped_at_the_end_and_absent_from_frames_first(lm_folder):
+def test_kept_prompt_follows_the_weights_and_is_absent_from_frames_first(lm_folder):
     f, mask = inputs()
     for layout in ("text-first", "frames-first"):
         model = make(lm_folder, layout=layout)
-        with model.cached_prompt():
-            model(f, mask)
-            assert bool(model.cached) == (layout == "text-first")
-        assert model.cached is None
+        model.keep_prompt()
+        before = model(f, mask).f_adv
+        assert (model.kept_prompt is not None) == (layout == "text-first")
+        assert model.eval().kept_prompt is None
         model.special_tokens.data += 1.0
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.data += 0.1
         plain = model(f, mask).f_adv
-        with model.cached_prompt():
-            torch.testing.assert_close(model(f, mask).f_adv, plain, atol=1e-5, rtol=1e-5)
+        assert (plain - before).abs().max() > 1e-2
+        model.keep_prompt()
+        torch.testing.assert_close(model(f, mask).f_adv, plain, atol=1e-5, rtol=1e-5)
 
 
 def test_the_three_special_tokens_give_three_features_of_the_right_shape(lm_folder):
@@ -232,17 +232,31 @@ def test_eq8_text_loss_is_the_cross_entropy_of_the_answer_tokens(lm_folder, layo
     model, (f, mask) = make(lm_folder, layout=layout), inputs()
     answer = "Jump: 1-5, Run: 0-7."
     tokenize = lambda text: torch.tensor(model.tokenizer(text, add_special_tokens=False).input_ids)
+    table, special = model.lm.get_input_embeddings().weight, model.special_tokens
     answer_ids = torch.cat([tokenize(answer), torch.tensor([model.tokenizer.eos_token_id])])
-    frames, prompt = model.frame_tokens(f, mask)[0], model.embed(tokenize(instruction(CLASSES)))[None]
+    frames = torch.stack([row for v in f[0] for row in (v * table.std(), *special)])              # v_l [cls] [loc] [adv]
+    prompt = table[tokenize(instruction(CLASSES))]
     first = [frames, prompt] if layout == "frames-first" else [prompt, frames]
-    tokens = torch.cat([*first, model.embed(torch.cat([tokenize(vlm.ANSWER), answer_ids]))[None]], 1)
-    N, prefix = tokens.size(1), frames.size(1) + prompt.size(1)
-    seen = prefix_lm_mask(torch.ones(1, N, dtype=torch.bool), prefix if layout == "frames-first" else 0)
-    model.lm.get_base_model().set_attn_implementation("sdpa")
+    tokens = torch.cat([*first, table[torch.cat([tokenize(vlm.ANSWER), answer_ids])]])[None]
+    N, prefix = tokens.size(1), len(frames) + len(prompt)
+    seen = mask_by_definition(torch.ones(1, N, dtype=torch.bool), prefix if layout == "frames-first" else 0)
     logits = model.lm(inputs_embeds=tokens, attention_mask=seen).logits[0]
-    model.lm.get_base_model().set_attn_implementation("prefix")
     expected = F.cross_entropy(logits[N - len(answer_ids) - 1:N - 1], answer_ids)
     torch.testing.assert_close(model(f, mask, [answer]).text_loss, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_eq8_every_token_of_the_answer_is_a_label_once_and_nothing_else(lm_folder):
+    model, answers = make(lm_folder), ["Jump: 1-5, Run: 0-7.", vlm.NO_ACTION]
+    ids, valid, labels = model.answer_tokens(answers, torch.ones(2, 8, dtype=torch.bool))
+    assert ids.shape == valid.shape == labels.shape and not valid[1].all()
+    for b, answer in enumerate(answers):
+        lead, text = (model.tokenizer(part).input_ids for part in (vlm.ANSWER, answer))
+        text.append(model.tokenizer.eos_token_id)
+        assert ids[b][valid[b]].tolist() == lead + text
+        assert labels[b][labels[b] != -100].tolist() == text
+        here = (labels[b] != -100).nonzero().flatten()
+        assert torch.equal(ids[b][here + 1], labels[b][here])                # the label is the token that follows
+    assert all(part.shape == (2, 0) for part in model.answer_tokens(None, torch.ones(2, 8, dtype=torch.bool)))
 
 
 def test_eq8_text_loss_is_the_mean_over_all_answer_tokens_of_the_batch(lm_folder):
@@ -307,5 +321,5 @@ def test_descriptions_too_long_for_the_positions_are_an_error(lm_folder):
     room = model.lm.config.max_position_embeddings - len(model.prompt_ids) - 256
     assert model.sequence_length(8) == 32 + len(model.prompt_ids)
     model.check_length(room // 4)
-    with pytest.raises(InputError, match="Shorten the sentences"):
+    with pytest.raises(InputError, match="shorten the sentences"):
         model.check_length(room // 4 + 1)
