@@ -21,13 +21,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from advantage import frame_classes
-from support.annotations import (
-    InputError,
-    Video,
-    class_names,
-    load_annotations,
-    load_descriptions,
-)
+from support import annotations
+from support.annotations import InputError, Video
 from support.checkpoint import leave_group
 from support.demo import make_demo
 from support.sources import choose_videos, doubt_steps
@@ -98,41 +93,37 @@ def collate(windows, multiple, classes):
     )
 
 
+@dataclass(eq=False)
 class TALDataset(Dataset):
     """Windows of videos: a random one per video and epoch in training, all of them at test.
 
     Randomness depends on (seed, epoch, index) alone: a resumed run sees the same windows.
-
-    videos: list of Video with `path` set. classes: names in the order of the class index.
-    window: L, in steps. stride: video frames a step. num_frames: video frames that a feature sees.
-    min_overlap: share of a segment that has to be inside of a training window.
-    image_size: side of the crop in pixels; 0 reads features (.npy, (T, V)).
-    overlap: share of a test window that the next one shows again.
-    frames_per_step: frames read for a step, at even distances over it.
-    resize_to: steps that every whole video is resized to, as its one window (0 = off). It takes the
-        place of window, stride, num_frames and of the videos' fps.
-    feature_dim: V that feature files have to have (0 = any).
     """
+    videos: list                # of Video, with `path` set
+    classes: list               # C names in class order
+    window: int                 # L, in steps
+    stride: int = 1             # video frames a step
+    num_frames: int = 0         # video frames that one feature sees
+    training: bool = False
+    min_overlap: float = 0.5    # share of a segment that has to be inside of a training window
+    image_size: int = 0         # side of the crop in pixels; 0 reads features (.npy, (T, V))
+    seed: int = 0
+    overlap: float = 0.5        # share of a test window that the next one shows again
+    frames_per_step: int = 1    # frames read for a step, at even distances over it
+    resize_to: int = 0          # R, steps of every whole video as its one window (0 = off)
+    feature_dim: int = 0        # V that feature files have to have (0 = any)
+    epoch: int = 0
 
-    def __init__(self, videos, classes, window, stride=1, num_frames=0, training=False,
-                 min_overlap=0.5, image_size=0, seed=0, overlap=0.5, frames_per_step=1,
-                 resize_to=0, feature_dim=0):
-        if resize_to:                              # step l is centred on (l + 0.5) / R of the video
-            window, stride, num_frames = resize_to, 1, 1
-            videos = [replace(v, fps=resize_to / v.duration) for v in videos]
-        self.videos = videos
-        self.classes = {label: i for i, label in enumerate(classes)}
-        self.window, self.stride, self.num_frames = window, stride, num_frames
-        self.training = training
-        self.min_overlap = min_overlap
-        self.image_size = image_size
-        self.frames_per_step = frames_per_step
-        self.resize_to = resize_to
-        self.feature_dim = feature_dim
-        self.seed, self.epoch = seed, 0
-        self.items = []                            # (video, first step of the window)
-        for video in videos:
-            starts = [0] if training else window_starts(self.steps(video), window, overlap)
+    def __post_init__(self):
+        if self.resize_to:      # step l is centred on (l + 0.5) / R of the video
+            self.window, self.stride, self.num_frames = self.resize_to, 1, 1
+            self.videos = [replace(v, fps=self.resize_to / v.duration) for v in self.videos]
+        self.classes = {label: i for i, label in enumerate(self.classes)}
+        self.items = []         # (video, first step of the window)
+        for video in self.videos:
+            starts = [0]
+            if not self.training:
+                starts = window_starts(self.steps(video), self.window, self.overlap)
             self.items += [(video, start) for start in starts]
 
     def __len__(self):
@@ -273,29 +264,26 @@ def centre_crop(frames, size):
 def batch_loader(dataset, multiple, workers, **order):
     """Batches read by `workers` processes (0: by this one). order: batch_size or batch_sampler.
 
-    Workers start anew with every pass, so they see the dataset's epoch.
+    Workers start anew with every pass, so they see the dataset's epoch. A generator of its own keeps
+    the loader from drawing one of torch's random numbers.
     """
-    put = partial(collate, multiple=multiple, classes=list(dataset.classes))
-    return DataLoader(dataset, num_workers=workers, collate_fn=put, worker_init_fn=leave_group,
-                      **order)
+    return DataLoader(
+        dataset,
+        num_workers=workers,
+        collate_fn=partial(collate, multiple=multiple, classes=list(dataset.classes)),
+        worker_init_fn=leave_group,
+        generator=torch.Generator(),
+        **order,
+    )
 
 
 def make_dataset(videos, classes, args, feature_dim, training=False):
     """A TALDataset by train.py's flags, of video files (feature_dim 0) or of features."""
-    return TALDataset(
-        videos,
-        classes,
-        window=args.window,
-        stride=args.stride,
-        num_frames=args.num_frames,
-        training=training,
-        min_overlap=args.min_overlap,
-        image_size=args.image_size if args.videos else 0,
-        seed=args.seed,
-        frames_per_step=args.frames_per_step,
-        resize_to=args.resize_to,
-        feature_dim=feature_dim,
-    )
+    same = ("window", "stride", "num_frames", "min_overlap", "seed", "frames_per_step", "resize_to")
+    options = {name: getattr(args, name) for name in same}
+    image_size = args.image_size if args.videos else 0
+    return TALDataset(videos, classes, training=training, image_size=image_size,
+                      feature_dim=feature_dim, **options)
 
 
 def load_data(args, feature_dim=0):
@@ -306,9 +294,9 @@ def load_data(args, feature_dim=0):
     if args.dataset == "demo":
         make_demo(Path(args.annotations).parent)
     notes = []
-    videos = load_annotations(args.annotations, args.labels, notes)
-    classes = class_names(args.annotations, videos, args.labels)
-    descriptions = load_descriptions(args.descriptions, classes, notes)
+    videos = annotations.load_annotations(args.annotations, args.labels, notes)
+    classes = annotations.class_names(args.annotations, videos, args.labels)
+    descriptions = annotations.load_descriptions(args.descriptions, classes, notes)
     sets = []
     for subset in (args.train_subset, args.test_subset):
         sets.append(choose_videos(videos, subset, args, notes))

@@ -131,7 +131,7 @@ class ActionVLM(nn.Module):
         options: of torch.compile.
         """
         # All layers share one function of transformers, and torch gives up after 8 kinds of calls:
-        # training or test, padded or not, of both models.
+        # training or test, one window or several, of both models.
         torch._dynamo.config.recompile_limit = 64
         for module in self.modules():
             if isinstance(module, GradientCheckpointingLayer):

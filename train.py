@@ -35,25 +35,29 @@ def vision_only_epoch(model, batches, backpropagate, resumed=False):
     """Algorithm 1, lines 1-8: train without language, and note the mean loss of every class."""
     model.train()
     if not resumed:
-        model.class_means.reset()                                        # line 2: all start at 0
-    for batch in batches:                                                # line 3
+        model.class_means.reset()                                         # line 2: all start at 0
+    for batch in batches:                                                 # line 3
         output = model(batch, use_language=False)
-        loss = detection_loss(output, batch, model.head)                 # line 4: L_v, Eq. 6
-        model.class_means.add(loss.per_frame, batch.frame_class, batch.mask)             # line 5
-        backpropagate(loss.total, batch, loss_cls=loss.cls, loss_loc=loss.loc)           # line 6
+        loss = detection_loss(output, batch, model.head)                  # line 4: L_v, Eq. 6
+        model.class_means.add(                                            # line 5
+            loss.per_frame, batch.frame_class, batch.mask)
+        backpropagate(loss.total, batch,                                  # line 6
+                      loss_cls=loss.cls, loss_loc=loss.loc)
 
 
 def vision_language_epoch(model, batches, backpropagate, lambda_tg=0.1, lambda_adv=0.1):
     """Algorithm 1, lines 9-18: train with language, weighted by the advantage [adv] predicts."""
     model.train()
-    class_mean = model.class_means.mean()                                # of the epoch before
-    for batch in batches:                                                # line 10
-        output = model(batch)                                            # lines 11, 12: Eq. 2, 4, 5
-        loss = detection_loss(output, batch, model.head)                 # line 13: L_vl, Eq. 6
-        loss_tg = output.text_loss                                       # line 13: L_tg, Eq. 8
-        advantage = language_advantage(class_mean, loss.per_frame, batch.frame_class)    # line 14
-        loss_adv = advantage_loss(output.advantage, advantage, batch.mask)   # line 15: Eq. 3
-        total = loss.total + lambda_adv * loss_adv + lambda_tg * loss_tg     # line 16: Eq. 9
+    class_mean = model.class_means.mean()                                 # of the epoch before
+    for batch in batches:                                                 # line 10
+        output = model(batch)                                             # lines 11-12: Eq. 2, 4, 5
+        loss = detection_loss(output, batch, model.head)                  # line 13: L_vl, Eq. 6
+        loss_tg = output.text_loss                                        # line 13: L_tg, Eq. 8
+        advantage = language_advantage(                                   # line 14: A_lang, Eq. 1
+            class_mean, loss.per_frame, batch.frame_class)
+        loss_adv = advantage_loss(                                        # line 15: L_adv, Eq. 3
+            output.advantage, advantage, batch.mask)
+        total = loss.total + lambda_adv * loss_adv + lambda_tg * loss_tg  # line 16: Eq. 9
         backpropagate(total, batch, loss_cls=loss.cls, loss_loc=loss.loc, loss_tg=loss_tg,
                       loss_adv=loss_adv, lambda_lang=output.lambda_lang, advantage=advantage)
 
@@ -116,13 +120,12 @@ class TrainingState:
             values[name] = (term[batch.mask].mean() if term.ndim else term).item()
             self.sums[name] = self.sums.get(name, 0.0) + values[name]
         self.batches_done += 1
-        finite = math.isfinite(values["loss"])
         last = self.batches_done == self.batches_per_epoch
         update = last or self.batches_done % self.args.accumulate == 0
         if update:
             norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.args.clip)
-            finite = finite and math.isfinite(norm)
-        if not finite:
+            values["norm"] = norm.item()
+        if not all(math.isfinite(value) for value in values.values()):
             found = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
             raise InputError(f"step {self.step + 1}: expected a finite loss and gradient, found "
                              f"{found} in videos {', '.join(batch.names)}; look at these videos, "
@@ -195,10 +198,7 @@ def lr_factor(step, steps_per_epoch, epochs, warmup_epochs):
 
 
 def epoch_loader(model, training_set, epoch, args, first=0):
-    """Shuffled batches of one epoch, from number `first` on; the order depends on (seed, epoch).
-
-    Each process has its share.
-    """
+    """Shuffled batches of one epoch, from number `first` on; each process has its share."""
     training_set.epoch = epoch
     count, rank = processes.world_size(), processes.rank()
     sampler = DistributedSampler(training_set, count, rank, seed=args.seed)

@@ -22,14 +22,8 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from support import language_models
 from support.annotations import InputError
-from support.language_models import (
-    add_lora,
-    attention_masks,
-    enable_checkpointing,
-    load_language_model,
-    name_of_cache,
-)
 
 SPECIAL_TOKENS = ("[cls]", "[loc]", "[adv]")
 ANSWER = "\nAnswer: "                # stands between prompt and T_pred
@@ -74,12 +68,11 @@ def proposal_text(segments, labels):
 
 
 def prefix_lm_mask(valid, prefix):
-    """Attention mask of a prefix language model.
+    """Attention mask of a prefix language model: (B, 1, N, N), True where row may see column.
 
     valid: (B, N) bool, False on padding. The first `prefix` tokens see each other in both
     directions; every later token sees the prefix and the tokens before it. Only padding itself
     sees padding, so that no row is empty. prefix = 0 gives the causal mask.
-    Returns (B, 1, N, N) bool, True where the query (row) may see the key (column).
     """
     N = valid.size(1)
     i = torch.arange(N, device=valid.device)
@@ -93,18 +86,17 @@ def prefix_lm_mask(valid, prefix):
 class LanguageModel(nn.Module):
     """M_lang: a causal language model with LoRA, frozen otherwise, and three special tokens.
 
-    folder: see `load_language_model`. descriptions: {label: sentence}, in class order.
+    folder: see `support.language_models`. descriptions: {label: sentence}, in class order.
     layout: "frames-first" (the paper's order) or "text-first", see the top of this file.
-    dtype: "float32" or "bfloat16", of the frozen weights and the arithmetic; trained parameters
-        stay float32.
+    dtype: "float32" or "bfloat16", of frozen weights and arithmetic; the rest stays float32.
     """
 
     def __init__(self, folder, descriptions, lora_rank=128, lora_alpha=256,
                  layout="frames-first", dtype="float32"):
         super().__init__()
         self.layout, self.classes = layout, list(descriptions)
-        base, self.tokenizer = load_language_model(folder, getattr(torch, dtype))
-        self.lm = add_lora(base, lora_rank, lora_alpha)
+        base, self.tokenizer = language_models.load_language_model(folder, getattr(torch, dtype))
+        self.lm = language_models.add_lora(base, lora_rank, lora_alpha)
         table = base.get_input_embeddings().weight
         self.dim = table.size(1)
         self.embedding_scale = float(table.float().std())
@@ -148,9 +140,9 @@ class LanguageModel(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)  # Eq. 8
 
     def sequence(self, f_vis, mask, answer_ids, answer_valid):
-        """Frames and prompt in order of the layout, then the answer.
+        """Frames and prompt in order of the layout, then the answer (answer_ids: (B, A)).
 
-        answer_ids, answer_valid: (B, A). Returns embeddings (B, N, D) and which are real (B, N).
+        Returns embeddings (B, N, D) and which of them are real (B, N).
         """
         B, L = mask.size()
         special = repeat(self.special_tokens, "three d -> b l three d", b=B, l=L)
@@ -172,7 +164,7 @@ class LanguageModel(nn.Module):
     def answer_tokens(self, answers, mask):
         """Token ids of the answers, which of them are real, and labels; all (B, A).
 
-        A label is the next token where it counts for Eq. 8, else -100. A is 0 without answers.
+        A label is the next token where it counts for Eq. 8, else -100.
         """
         lead = self.tokenize(ANSWER)
         rows = []
@@ -200,12 +192,12 @@ class LanguageModel(nn.Module):
         position = (valid.cumsum(1) - 1).clamp(min=0)[:, -n:]
         mask = prefix_lm_mask(valid, prefix)[:, :, -n:]                           # (B, 1, n, N)
         decoder = self.lm.get_base_model().base_model
-        before = {} if cache is None else {name_of_cache(decoder): cache}
+        before = {} if cache is None else {language_models.name_of_cache(decoder): cache}
         # A compiled layer would be compiled again for every layer's place in the cache.
         eager = nullcontext() if cache is None else torch.compiler.set_stance("force_eager")
         with self.autocast(tokens.device), eager:
             return decoder(inputs_embeds=tokens.to(self.lm.dtype), position_ids=position,
-                           attention_mask=attention_masks(self.lm.config, mask),
+                           attention_mask=language_models.attention_masks(self.lm.config, mask),
                            use_cache=cache is not None, **before).last_hidden_state
 
     def prefix(self, L):
@@ -218,13 +210,14 @@ class LanguageModel(nn.Module):
 
     def check_length(self, L):
         """Raises InputError where the language model has too few positions for L frames."""
-        T, limit = len(self.prompt_ids), self.lm.config.max_position_embeddings
-        if self.sequence_length(L) + LONGEST_ANSWER > limit:
+        found = self.sequence_length(L) + LONGEST_ANSWER
+        limit = self.lm.config.max_position_embeddings
+        if found > limit:
             raise InputError(
                 f"descriptions: expected at most {limit} tokens, the positions of the language "
-                f"model, found {4 * L} of a window of {L} frames, {T} of the {len(self.classes)} "
-                f"descriptions and up to {LONGEST_ANSWER} of an answer; shorten the sentences, or "
-                f"lower --window")
+                f"model, found {found}: {4 * L} of a window of {L} frames, {len(self.prompt_ids)} "
+                f"of the {len(self.classes)} descriptions, up to {LONGEST_ANSWER} of an answer; "
+                f"shorten the sentences, or lower --window")
 
     def tokenize(self, text):
         return self.tokenizer(text, add_special_tokens=False).input_ids
@@ -245,7 +238,7 @@ class LanguageModel(nn.Module):
 
     def checkpointing(self):
         """Compute activations again in the backward pass from now on, with the same results."""
-        enable_checkpointing(self.lm.get_base_model())
+        language_models.enable_checkpointing(self.lm.get_base_model())
 
     @torch.no_grad()
     def keep_prompt(self):

@@ -8,7 +8,6 @@ import re
 import tempfile
 import time
 from copy import deepcopy
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 from unittest.mock import patch
@@ -16,8 +15,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
 
 import vlm
@@ -30,103 +28,96 @@ from train import TrainingState, get_args, vision_language_epoch, vision_only_ep
 VISION = {"S": (384, 12, 6, 1536), "B": (768, 12, 12, 3072)}    # width, layers, heads, MLP width
 QWEN = {"1.5B": (1536, 28, 12, 8960), "3B": (2048, 36, 16, 11008)}
 MODELS = [(f"ActionVLM-{vision}-{qwen}", vision, qwen) for vision in VISION for qwen in QWEN]
-CAP = 24    # GiB of GPU memory that the models may use
-NOTES = """
-Random weights; one window of 768 frames of 160 x 160; 20 classes; LoRA of rank 128; activation
-checkpointing; AdamW and weight average in a step. Reduced models have 2 layers and an eighth of the
-width, LoRA of rank 8, frames of 32 x 32. Full: frames first; a cached prompt comes first. Ratios
-are to vision only. Memory is the peak, on a CPU of the whole process. FLOPs and MFU are without
-recomputation."""
+KEPT = "text-first, kept prompt"
+LAYOUTS = {"frames-first": "frames-first", "text-first": "text-first", KEPT: "text-first"}
+CAP = 24                        # GiB of GPU memory that the models may use
+NOTE = ("\nRandom weights; one window of 768 frames of 160 x 160. Reduced models have 2 layers, an "
+        "eighth of the width,\nand frames of 32 x 32; docs/benchmarks.md explains the columns.")
 
 
 class Cost(NamedTuple):
     seconds: float
-    memory: str
-    flops: int
+    memory: str                 # the peak: of the GPU, else of this process
+    tflops: float
 
 
-def full_size(args, models: list) -> int:
+def full_size(args, models) -> int:
     """Print a row for each model: memory and time of training and inference."""
     print(machine(args.device))
     peak = 0
     if args.size == "full":
         peak = matmul_peak(args)
-        print(f"{peak / 1e12:.3g} TFLOPs a second in bfloat16 matrix products, the peak of MFU")
+        print(f"{peak:.3g} TFLOPs a second in bfloat16 matrix products, the peak of MFU")
     if args.device != "cpu":
-        total = torch.cuda.get_device_properties(0).total_memory
+        total = torch.cuda.get_device_properties(args.device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, CAP * 2**30 / total))
     print_head("model", "parameters", "peak memory", "step, vision only", "step, vision-language",
-               "ratio", "inference, vision only / full / cached prompt", "ratio",
-               "tokens/s in training", "FLOPs of a step, MFU")
+               "ratio", "inference, vision only / full / kept prompt", "tokens/s in training",
+               "FLOPs of a step, MFU")
     for name, vision, qwen in models:
         try:
             cells = full_size_row(vision, qwen, args, peak)
-        except torch.cuda.OutOfMemoryError:
-            cells = [f"does not fit in {CAP} GiB"] + ["-"] * 8
-        print_row([name if peak else f"{name}, reduced", *cells])
+        except torch.OutOfMemoryError:
+            cells = [f"does not fit in {CAP} GiB"] + ["-"] * 7
+        print_row([name if args.size == "full" else f"{name}, reduced", *cells])
         if args.device != "cpu":
             torch.cuda.empty_cache()
-    print(NOTES)
+    print(NOTE)
     return 0
 
 
-def full_size_row(vision: str, qwen: str, args, peak: float) -> list[str]:
-    """The cells after the model's name. peak: FLOPs a second, or 0."""
+def full_size_row(vision, qwen, args, peak) -> list:
+    """The cells after the model's name. peak: TFLOPs a second, or 0."""
     state, batch = random_model(vision, qwen, args)
-    alone = training(state, batch, "vision only", args)
-    full = training(state, batch, "frames-first", args)
-    infer = []
-    for way in ("vision only", "frames-first", "cached prompt"):
-        infer.append(inference(state.model, batch, way, args).seconds)
+    alone, infer_alone = measure(state, batch, "vision only", args)
+    full, infer_full = measure(state, batch, "frames-first", args)
+    infer_kept = measure(state, batch, KEPT, args)[1]
+    infer = [duration(cost.seconds) for cost in (infer_alone, infer_full, infer_kept)]
     parameters = sum(p.numel() for p in state.model.parameters())
     tokens = state.model.language.sequence_length(batch.mask.size(1))
-    mfu = f"{full.flops / full.seconds / peak:.0%}" if peak else "-"
-    return [
-        f"{parameters / 1e6:,.0f} M", full.memory,
-        duration(alone.seconds), duration(full.seconds), f"{full.seconds / alone.seconds:.2f}",
-        " / ".join(map(duration, infer)), f"{infer[1] / infer[0]:.2f}",
-        f"{tokens / full.seconds:,.0f}", f"{full.flops / 1e12:.3g} TFLOPs, {mfu}",
-    ]
+    mfu = f"{full.tflops / full.seconds / peak:.0%}" if peak else "-"
+    return [f"{parameters / 1e6:,.0f} M", full.memory, duration(alone.seconds),
+            duration(full.seconds), f"{full.seconds / alone.seconds:.2f}", " / ".join(infer),
+            f"{tokens / full.seconds:,.0f}", f"{full.tflops:.3g} TFLOPs, {mfu}"]
 
 
 def table6(args) -> int:
-    """Print what language costs ActionVLM-S-3B in time and memory, a row for each way to run it."""
+    """Print the time and memory that language costs ActionVLM-S-3B, in each way to run it."""
     print(machine(args.device))
     print_head("ActionVLM-S-3B", "step, vision-only epoch", "step, vision-language epoch", "ratio",
                "inference", "ratio", "memory, step / inference", "TFLOPs, step / inference")
     state, batch = random_model("S", "", args, steps=768)
-    base = inference(state.model, batch, "vision only", args)
-    alone = training(state, batch, "vision only", args)
-    print_costs("vision only", [duration(alone.seconds), "-", "1.00"], alone, base, base)
+    alone, base = measure(state, batch, "vision only", args)
+    kernels = {"vision only": attention_kernels(inference(state.model, batch, "vision only"))}
+    print_row(["vision only", duration(alone.seconds), "-", "1.00", *costs(alone, base, base)])
     state, batch = random_model("S", "3B", args, steps=768)
-    ways = ("cached prompt", "text-first", "frames-first")
-    infer = {way: inference(state.model, batch, way, args) for way in ways}
-    without = training(state, batch, "vision only", args).seconds
-    for way in ("frames-first", "text-first"):
-        step = training(state, batch, way, args)
-        ratio = (without + step.seconds) / 2 / alone.seconds
-        cells = [duration(without), duration(step.seconds), f"{ratio:.2f}"]
-        print_costs(f"full, {way}", cells, step, infer[way], base)
-    print_costs("full, cached prompt", ["-"] * 3, None, infer["cached prompt"], base)
-    language = state.model.language
-    print(f"{NOTES}\nThe window has {language.sequence_length(batch.mask.size(1))} tokens, "
-          f"{len(language.prompt_ids)} of them the prompt. The ratio of training is of the mean of "
-          "both kinds of epoch.\nThe paper's ratios of S-3B, on an L40, are 1.09 in training and "
-          "1.22 at inference.")
+    without = measure(state, batch, "vision only", args)[0].seconds
+    for way in LAYOUTS:
+        step, infer = measure(state, batch, way, args)
+        cells = ["-"] * 3
+        if step is not None:
+            ratio = (without + step.seconds) / 2 / alone.seconds    # of the mean of both epochs
+            cells = [duration(without), duration(step.seconds), f"{ratio:.2f}"]
+        print_row([f"full, {way}", *cells, *costs(step, infer, base)])
+        kernels[f"full, {way}"] = attention_kernels(inference(state.model, batch, way))
+    print("\nAttention ran as")
+    for way, names in kernels.items():
+        print(f"* {way}: {names}")
+    print(f"{NOTE}\nThe paper's ratios of S-3B, on an L40, are 1.09 in training and 1.22 at "
+          "inference.")
     return 0
 
 
-def print_costs(name: str, cells: list, step: Cost | None, infer: Cost, base: Cost) -> None:
-    """A row of Table 6. cells: times of training. base: inference without language."""
-    memory, flops = "-", "-"
+def costs(step, infer, base) -> list:
+    """The last cells of a row of Table 6. base: inference without language."""
+    memory, tflops = "-", "-"
     if step is not None:
-        memory, flops = step.memory, f"{step.flops / 1e12:.3g}"
-    print_row([name, *cells, duration(infer.seconds), f"{infer.seconds / base.seconds:.2f}",
-               f"{memory} / {infer.memory}", f"{flops} / {infer.flops / 1e12:.3g}"])
+        memory, tflops = step.memory, f"{step.tflops:.3g}"
+    return [duration(infer.seconds), f"{infer.seconds / base.seconds:.2f}",
+            f"{memory} / {infer.memory}", f"{tflops} / {infer.tflops:.3g}"]
 
 
-# ------------------------------------------------------------------------------------ one model
-def random_model(vision: str, qwen: str, args, steps=32):
+def random_model(vision, qwen, args, steps=32):
     """(TrainingState of a model with random weights, batch of one window of random frames).
 
     vision, qwen: names in VISION and QWEN; qwen "" = without language. steps: length of the window
@@ -136,7 +127,8 @@ def random_model(vision: str, qwen: str, args, steps=32):
     reduced = args.size == "reduced"
     steps, side = (steps, 32) if reduced else (768, 160)
     descriptions = read_json(Path(__file__).parents[1] / "descriptions/thumos14.json")
-    encoder = dict(sizes(*VISION[vision], reduced), image_size=side, pretrained_image_size=224)
+    encoder = sizes(*VISION[vision], reduced)
+    encoder.update(image_size=side, pretrained_image_size=224)
     language = sizes(*QWEN[qwen or "3B"], reduced)
     config = Config(descriptions, lm=qwen, dim=language["hidden_size"], vision=encoder,
                     dtype="float32" if reduced else "bfloat16", lora_rank=8 if reduced else 128,
@@ -152,8 +144,8 @@ def random_model(vision: str, qwen: str, args, steps=32):
 
     with patch.object(vlm, "load_language_model", random_language_model):
         model = ActionVLM(config).to(args.device)
-    flags = "--dataset thumos14 --videos - --annotations - --device"
-    state = TrainingState(model, get_args([*flags.split(), args.device]), batches_per_epoch=1000)
+    flags = ["--dataset=thumos14", "--videos=-", "--annotations=-", f"--device={args.device}"]
+    state = TrainingState(model, get_args(flags), batches_per_epoch=1000)
     model.checkpointing()
     if args.compile:
         model.compile_layers()
@@ -163,7 +155,7 @@ def random_model(vision: str, qwen: str, args, steps=32):
     return state, collate([window], model.multiple, config.classes).to(args.device)
 
 
-def sizes(width: int, layers: int, heads: int, mlp: int, reduced: bool) -> dict:
+def sizes(width, layers, heads, mlp, reduced) -> dict:
     """The sizes of a transformer by transformers' names."""
     if reduced:
         width, layers, mlp = width // 8, 2, mlp // 8
@@ -171,55 +163,58 @@ def sizes(width: int, layers: int, heads: int, mlp: int, reduced: bool) -> dict:
                 intermediate_size=mlp)
 
 
-def training(state: TrainingState, batch, way: str, args) -> Cost:
-    """A step of a vision-only epoch ("vision only"), or with language in the layout `way`."""
-    def backward(total, batch, **terms):
-        total.backward()
+def measure(state, batch, way, args):
+    """Cost of a training step and of inference, in a way to run the model.
 
-    flops = count_flops(train_step, state.model, batch, way, backward)
-    return cost(partial(train_step, state.model, batch, way, state.backpropagate), flops, args)
-
-
-def train_step(model: ActionVLM, batch, way: str, backpropagate) -> None:
-    if way == "vision only":
-        vision_only_epoch(model, [batch], backpropagate)
-    else:
-        model.language.layout = way
-        vision_language_epoch(model, [batch], backpropagate, lambda_tg=0.1, lambda_adv=0.1)
+    way: "vision only", or one of LAYOUTS. The step is None with a kept prompt.
+    """
+    model, step = state.model, None
+    if way != KEPT:
+        tflops = count_tflops(training, model, batch, way, lambda total, *_, **__: total.backward())
+        step = cost(training(model, batch, way, state.backpropagate), tflops, args)
+    tflops = count_tflops(inference, model, batch, way)
+    return step, cost(inference(model, batch, way), tflops, args)
 
 
-@torch.no_grad()
-def inference(model: ActionVLM, batch, way: str, args) -> Cost:
-    """One window: "vision only", "frames-first", "text-first", or text-first, "cached prompt"."""
+def training(model, batch, way, backpropagate):
+    """A function that runs one step of a vision-only or a vision-language epoch."""
+    def step():
+        if way == "vision only":
+            vision_only_epoch(model, [batch], backpropagate)
+        else:
+            model.language.layout = LAYOUTS[way]
+            vision_language_epoch(model, [batch], backpropagate)
+    return step
+
+
+def inference(model, batch, way):
+    """A function that runs the model on one window."""
     model.eval()
-    use_language = way != "vision only"
-    if use_language:
-        model.language.layout = "text-first" if way == "cached prompt" else way
-    if way == "cached prompt":
+    if way != "vision only":
+        model.language.layout = LAYOUTS[way]
+    if way == KEPT:
         model.language.keep_prompt()
-    flops = count_flops(ActionVLM.forward, model, batch, use_language)
-    return cost(partial(model, batch, use_language), flops, args)
+    return torch.no_grad()(lambda: model(batch, way != "vision only"))
 
 
-# ------------------------------------------------------------------------------------ measuring
-def cost(call, flops: int, args) -> Cost:
-    """Time of a call and the memory in use at most: of the GPU, or on Linux of this process."""
-    gpu, process = args.device != "cpu", Path("/proc/self")
-    memory = "-"
-    if gpu:
+def cost(call, tflops, args) -> Cost:
+    """Time and memory of a call. The memory of a process is known on Linux alone."""
+    on_gpu, peak = args.device != "cpu", Path("/proc/self/clear_refs")
+    if on_gpu:
         torch.cuda.reset_peak_memory_stats()
-    elif process.exists():
-        (process / "clear_refs").write_text("5")    # the peak starts anew
+    elif peak.exists():
+        peak.write_text("5")    # the peak starts anew
     seconds, = median_times([call], args.repeats, args.device)
-    if gpu:
+    memory = "-"
+    if on_gpu:
         memory = f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
-    elif process.exists():
-        kilobytes = re.search(r"VmHWM:\s+(\d+)", (process / "status").read_text())[1]
+    elif peak.exists():
+        kilobytes = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]
         memory = f"{int(kilobytes) / 2**20:.2f} GiB"
-    return Cost(seconds, memory, flops)
+    return Cost(seconds, memory, tflops)
 
 
-def median_times(calls: list, repeats=5, device="cpu") -> list[float]:
+def median_times(calls, repeats, device="cpu") -> list:
     """Median seconds of each call. They take turns, so that a busy machine favours none."""
     rounds = []
     for _ in range(1 + repeats):
@@ -233,28 +228,47 @@ def median_times(calls: list, repeats=5, device="cpu") -> list[float]:
     return np.median(rounds[1:], 0).tolist()    # the first round warms up
 
 
-def count_flops(function, model: ActionVLM, batch, *rest) -> int:
-    """FLOPs of the matrix products in function(model, batch, *rest), without recomputation.
+def count_tflops(prepare, model, batch, *rest) -> float:
+    """TFLOPs of the matrix products in prepare(model, batch, *rest)(), without checkpointing.
 
-    The function gets copies whose tensors have sizes and no content. Attention counts as if no
-    mask hid anything.
+    It runs on copies whose tensors have sizes and no content. Attention counts as if no mask hid
+    anything.
     """
+    aten = torch.ops.aten
+    cpu = {    # torch's counter knows the attention of GPUs alone
+        aten._scaled_dot_product_flash_attention_for_cpu:
+            lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+        aten._scaled_dot_product_flash_attention_for_cpu_backward:
+            lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v)}
     without_content = FakeTensorMode()
     with FakeCopyMode(without_content):
         model, batch = deepcopy((model, batch))
     for module in model.modules():
         module.gradient_checkpointing = False
-    counter = FlopCounterMode(display=False)
-    with without_content, sdpa_kernel(SDPBackend.MATH), counter:
-        function(model, batch, *rest)
-    return counter.get_total_flops()
+    with without_content:
+        call = prepare(model, batch, *rest)
+        with FlopCounterMode(display=False, custom_mapping=cpu) as counter:
+            call()
+    return counter.get_total_flops() / 1e12
 
 
 def matmul_peak(args) -> float:
-    """FLOPs a second of bfloat16 matrix products of n x n."""
+    """TFLOPs a second of bfloat16 matrix products of n x n."""
     n = 4096 if args.device == "cpu" else 8192
     a, b = torch.randn(2, n, n, device=args.device, dtype=torch.bfloat16)
-    return 2 * n ** 3 / median_times([lambda: a @ b], args.repeats, args.device)[0]
+    return 2 * n ** 3 / 1e12 / median_times([lambda: a @ b], args.repeats, args.device)[0]
+
+
+def attention_kernels(call) -> str:
+    """The operations that a call ran for attention, and on a GPU its kernels."""
+    with torch.profiler.profile() as profile:
+        call()
+    names = set()
+    for event in profile.key_averages():
+        name = re.split(r"[<(]", event.key.removeprefix("void "))[0]
+        if re.search(r"dot_product_\w+_attention|attention_math|fmha|flash_fwd", name):
+            names.add(name)
+    return ", ".join(sorted(names))
 
 
 def machine(device="cpu") -> str:
@@ -268,7 +282,7 @@ def machine(device="cpu") -> str:
     return f"{name}; torch {torch.__version__}, {torch.get_num_threads()} threads"
 
 
-def duration(seconds: float) -> str:
+def duration(seconds) -> str:
     return f"{seconds:.2f} s" if seconds >= 1 else f"{1000 * seconds:.0f} ms"
 
 

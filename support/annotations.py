@@ -30,8 +30,9 @@ class InputError(ValueError):
 
 
 def expect(good, where, expected: str, found, advice: str = "correct or remove it") -> None:
-    """Raises InputError unless `good`."""
+    """Raises InputError unless `good`. found: a text, or the value itself."""
     if not good:
+        found = found[:500] if isinstance(found, str) else shorten(found)
         raise InputError(f"{where}: expected {expected}, found {found}; {advice}")
 
 
@@ -50,13 +51,12 @@ class Video:
 def load_annotations(path, labels: str = "verb", notes: list | None = None) -> list:
     """Annotation files -> list of Video, in the order of the file. `path` is one of
 
-    * an ActivityNet-format JSON file, plain or gzip: `{"database": {name: {"subset",
-      "duration" (seconds), "fps" (optional: 0 = ask the file), "annotations": [{"label",
-      "segment": [start, end] (seconds)}]}}}`;
-    * THUMOS14's val_Annotation.csv or test_Annotation.csv, with *_video_info.csv beside it;
+    * JSON in ActivityNet's format, plain or gzip: `{"database": {name: {"subset", "duration"
+      (s), "fps" (0 = ask the file), "annotations": [{"label", "segment": [start, end] (s)}]}}}`;
+    * val_Annotation.csv or test_Annotation.csv of THUMOS14, with *_video_info.csv beside it;
     * EPIC_100_train.csv or EPIC_100_validation.csv, with video_info, verb_classes and
       noun_classes beside it; `labels`, "verb" or "noun", chooses one of the two;
-    * the folder of such csv files: all of them are read.
+    * the folder of such csv files.
 
     `notes` receives a sentence on every kind of change by `tidy`. Raises InputError.
     """
@@ -96,10 +96,9 @@ def annotation_files(path) -> list:
 def tidy(video: Video, where: str, found: Counter) -> Video:
     """The video without segments that cannot be learned; `found` counts every change.
 
-    Dropped are: the label "Ambiguous" (any case), length zero, and a copy of an earlier
-    segment (same label, start and end within 1e-3 s).
-    A segment past the end of the video is cut to it. A segment that begins after the end
-    stays: no window shows it, and the metric counts it as missed, as THUMOS14's own does.
+    Dropped are: the label "Ambiguous" (any case), length zero, and copies (same label, start and
+    end within 1e-3 s). A segment past the end of the video is cut to it. One that begins after
+    the end stays: no window shows it, and the metric, as THUMOS14's own, counts it as missed.
     """
     duration, segments, labels = video.duration, video.segments, np.array(video.labels, object)
     expect(0 < duration <= 1e6, where, "a duration above 0 s (to 1e6 s)", f"{duration:g}")
@@ -125,7 +124,6 @@ def tidy(video: Video, where: str, found: Counter) -> Video:
     return replace(video, segments=segments, labels=labels[keep].tolist())
 
 
-# -------------------------------------------------------------------- csv files
 def read_thumos(path: Path, found: Counter) -> list:
     """The videos of val_Annotation.csv (subset Validation) or test_Annotation.csv (Test)."""
     rows = read_table(path, video=NAME, type=NAME, start=NUMBER, end=NUMBER)
@@ -158,15 +156,14 @@ def epic_classes(path: Path, labels: str) -> dict:
 
 def group_rows(rows: list, lengths: dict, info: Path) -> list:
     """Rows (video, label, start, end) and {video: (duration, fps, subset)} -> list of Video."""
-    by_video = {}
-    for name, label, *segment in rows:
-        by_video.setdefault(name, []).append((label, segment))
-    all_there(info, "a row for every annotated video", by_video, lengths)
-    videos = []
-    for name, actions in by_video.items():
-        labels, segments = zip(*actions)
-        videos.append(Video(name, *lengths[name], np.array(segments), list(labels)))
-    return videos
+    names = list(dict.fromkeys(row[0] for row in rows))
+    missing = [name for name in names if name not in lengths]
+    expect(not missing, info, "a row for every annotated video", f"none for {first_ten(missing)}")
+    videos = {name: Video(name, *lengths[name], segments=[]) for name in names}
+    for name, label, start, end in rows:
+        videos[name].labels.append(label)
+        videos[name].segments.append([start, end])
+    return [replace(video, segments=np.array(video.segments)) for video in videos.values()]
 
 
 def clock(cell: str) -> float:
@@ -181,7 +178,7 @@ CLOCK = clock, "HH:MM:SS.ff"
 
 
 def read_table(path: Path, **columns) -> list:
-    """The columns {name: kind} of a csv file with a header: one tuple per row."""
+    """The columns {name: kind} of a csv file with a header: one list per row."""
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
@@ -192,24 +189,23 @@ def read_table(path: Path, **columns) -> list:
     for name in columns:
         expect(name in header, f"{path}: line 1", f"a column '{name}'", first_ten(header),
                "check that this is the right file")
-    rows = []
-    for number, line in lines:
-        rows.append([])
+    rows = [[] for _ in lines]
+    for row, (number, line) in zip(rows, lines):
         for name, (read, expected) in columns.items():
-            where = f"{path}: line {number}: column '{name}'"
-            expect((line[name] or "").strip(), where, expected, repr(line[name]))
+            cell = line[name] or ""
             try:
-                rows[-1].append(read(line[name]))
+                row.append(read(cell) if cell.strip() else None)
             except (ValueError, OverflowError, KeyError):
-                expect(False, where, expected, repr(line[name]))
+                row.append(None)
+            where = f"{path}: line {number}: column '{name}'"
+            expect(row[-1] is not None, where, expected, repr(cell))
     return rows
 
 
-# -------------------------------------------------------------------- JSON files
 def read_activitynet(path) -> list:
     """The videos of an ActivityNet-format JSON file."""
     videos = []
-    for name, entry in read_json(path, "database")["database"].items():
+    for name, entry in read_field(path, "database").items():
         where = f"{path}: video '{name}'"
         check_fields(where, entry, "subset", "duration", "fps")
         duration, fps = float(entry["duration"]), float(entry.get("fps") or 0)
@@ -219,17 +215,109 @@ def read_activitynet(path) -> list:
 
 
 def read_segments(where: str, entries, *more: str) -> dict:
-    """The list [{"label", "segment"}] of one video as arrays.
-
-    Returns {"segments": (N, 2) float64 seconds, "labels": [str], "scores": (N,) if scored}.
-    """
-    expect(isinstance(entries, list), where, "a list ([] for a video without any)",
-           shorten(entries))
-    fields = ("label", "segment", "score") if scored else ("label", "segment")
+    """[{"label", "segment", *more}], checked -> {"segments": (N, 2) float64 s, "labels": [str]}."""
+    expect(isinstance(entries, list), where, "a list of segments, or []", entries)
     for i, entry in enumerate(entries):
-        check_fields(f"{where}[{i}]", entry, *fields)
-    segments = np.array([entry["segment"] for entry in entries], np.float64).reshape(-1, 2)
-    read = {"segments": segments, "labels": [entry["label"] for entry in entries]}
-    if scored:
-        read["scores"] = np.array([entry["score"] for entry in entries], np.float64)
-    return read
+        check_fields(f"{where}[{i}]", entry, "label", "segment", *more)
+    segments = np.array([entry["segment"] for entry in entries], np.float64)
+    return {"segments": segments.reshape(-1, 2), "labels": [entry["label"] for entry in entries]}
+
+
+def load_external_scores(path, classes: list, videos: list) -> dict:
+    """Another model's scores of whole videos (CUHK's of ActivityNet) -> {video: (C,) float32}.
+
+    The file is JSON: `{"results": {video, or "v_" + video: [K scores]}, "class": [K names]}`.
+    """
+    content = read_json(path, "results", "class")
+    names = content["class"]
+    scores = {name.removeprefix("v_"): row for name, row in content["results"].items()}
+    rows = {v.name: scores.get(v.name.removeprefix("v_")) for v in videos}
+    missing = [name for name, row in rows.items() if row is None]
+    missing += [name for name in classes if name not in names]
+    expect(not missing, path, "scores for every video and class", f"none for {first_ten(missing)}")
+    for name, row in rows.items():
+        expect(is_numbers(row, len(names)), f"{path}: video '{name}'",
+               f"a finite score for each of the {len(names)} names of 'class'", row)
+    columns = [names.index(name) for name in classes]
+    return {name: torch.tensor(row, dtype=torch.float32)[columns] for name, row in rows.items()}
+
+
+def load_descriptions(path, classes: list, notes: list) -> dict:
+    """JSON {label: description} (T_desc) -> those of `classes`, in order; `notes` names others."""
+    content, missing = read_json(path), []
+    for label, text in content.items():
+        expect(is_text(text), f"{path}: '{label}'", "a text that describes it", shorten(text))
+    lower = {label.lower(): label for label in content}
+    for name in classes:
+        if name not in content:
+            near = get_close_matches(name.lower(), lower, 1, 0.8)
+            missing.append(f"{name} (there is '{lower[near[0]]}': spell it so)" if near else name)
+    expect(not missing, path, "a description for every class", f"none for {', '.join(missing)}",
+           "add a sentence for each, from start pose to end pose")
+    unused = [label for label in content if label not in classes]
+    if unused:
+        notes.append(f"{path}: {len(unused)} descriptions of classes that the annotations have "
+                     f"not, not used: {first_ten(unused)}")
+    return {name: content[name] for name in classes}
+
+
+def read_json(path, *fields: str) -> dict:
+    """The object with these fields in a JSON file, plain or gzip (the first two bytes tell)."""
+    try:
+        raw = Path(path).read_bytes()
+        content = json.loads(gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw)
+    except (OSError, EOFError, ValueError, zlib.error, RecursionError) as error:
+        raise InputError(f"{path}: expected a JSON file (plain or gzip), found: {error}") from error
+    check_fields(path, content, *fields)
+    return content
+
+
+def read_field(path, name: str) -> dict:
+    """The object `name` of a JSON file."""
+    return read_json(path, name)[name]
+
+
+def is_number(value) -> bool:
+    """A finite number that fits in a float; True and False are none."""
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
+
+
+def is_numbers(value, count: int) -> bool:
+    return isinstance(value, list) and len(value) == count and all(map(is_number, value))
+
+
+def is_text(value) -> bool:
+    """A text that is not blank and can be printed: JSON may hold half a character (a surrogate)."""
+    if not isinstance(value, str) or not value.strip():
+        return False
+    return value.encode(errors="ignore").decode() == value
+
+
+OBJECT = (lambda value: isinstance(value, dict),
+          "an object (annotations have 'database', result files 'results': are they swapped?)")
+FIELDS = {                                  # {field: (test of its value, its value in words)}
+    "database": OBJECT, "results": OBJECT, "AP": (OBJECT[0], "an object {class: [AP per tIoU]}"),
+    "class": (lambda value: isinstance(value, list), "a list of names"),
+    "subset": (lambda value: isinstance(value, str), "a text"),
+    "duration": (is_number, "a number of seconds"),
+    "fps": (lambda value: is_number(value or 0), "frames a second, or 0 to ask the file"),
+    "label": (is_text, "a text"),
+    "segment": (lambda value: is_numbers(value, 2), "two finite numbers [start, end] in seconds"),
+    "score": (is_number, "a finite number")}
+
+
+def check_fields(where, entry, *fields: str) -> None:
+    """Raises InputError unless `entry` is an object whose fields are as in FIELDS."""
+    expect(isinstance(entry, dict), where, " with ".join(["an object", *map(repr, fields)]), entry)
+    for key in fields:
+        good, expected = FIELDS[key]
+        if not good(entry.get(key)):
+            found = shorten(entry[key]) if key in entry else f"no such field but {first_ten(entry)}"
+            expect(False, f"{where}: '{key}'", expected, found)
+
+
+def first_ten(names) -> str:
+    """Names for a message."""
+    names = list(names)
+    text = ", ".join(names[:10]) or "none"
+    return text if len(names) <= 10 else f"{text} and {len(names) - 10} more"

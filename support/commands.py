@@ -24,49 +24,39 @@ def evaluate_args(description: str, argv=None) -> argparse.Namespace:
     flag("--subset", default="test", help="subset of the ground truth to score, in any case")
     args = parser.parse_args(argv)
     if bool(args.checkpoint) == bool(args.ground_truth and args.predictions):
-        parser.error("expected --checkpoint DIR, or both --ground-truth FILE and --predictions "
-                     "FILE")
-    for name in ("video", "lm"):
-        if getattr(args, name) and not args.checkpoint:
-            parser.error(f"--{name}: expected --checkpoint DIR with it")
+        parser.error("expected --checkpoint DIR, or --ground-truth FILE and --predictions FILE")
+    if (args.video or args.lm) and not args.checkpoint:
+        parser.error("--video, --lm: expected --checkpoint DIR with them")
     return args
 
 
 def checkpoint_flags(flag):
     """Of the commands that open a trained model."""
-    gpu = torch.cuda.is_available()
     flag("--checkpoint", metavar="DIR", help="folder that train.py wrote")
     flag("--lm", metavar="DIR", help="where the language model of the training is now, if moved")
     flag("--out", metavar="DIR", help="folder for results and pictures (default: the checkpoint's)")
-    flag("--device", type=device, default="cuda" if gpu else "cpu", help="cuda or cpu")
-    flag("--tiou", type=real(ABOVE_0, 1), nargs="+", metavar="IOU",
-         help="thresholds of tIoU (default: those of the training, else .3 to .7)")
+    flag("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu")
+    flag("--tiou", type=real(ABOVE_0, 1), nargs="+", help="default: of training, else .3 to .7")
     flag("--json", metavar="FILE", help="write the figures to FILE, as fractions with all digits")
 
 
 def run_command(program: str, command, *args) -> int:
-    """Call command(*args) -> exit code: 0, 2 for a mistake of the user's, 128 + n for a signal.
-
-    A mistake is one line on stderr. Any other error is ours and keeps its traceback.
-    """
+    """Call command(*args) -> exit code: 0, 2 after a mistake (one line), 128 + n after a signal."""
     try:
         command(*args)
         return 0
     except Stopped as stopped:
-        print(f"{program}: {stopped}", file=sys.stderr)
-        return stopped.code
+        code, message = stopped.code, stopped
     except KeyboardInterrupt:
-        print(f"{program}: stopped by SIGINT", file=sys.stderr)
-        return 130
+        code, message = 130, "stopped by SIGINT"
     except (InputError, OSError, SafetensorError) as error:
-        message = error
+        code, message = 2, f"error: {error}"
     except torch.OutOfMemoryError as error:
-        message = (f"the memory of the GPU is full; lower --batch-size (raise --accumulate by as "
-                   f"much), or --window, with --grad-checkpoint on and --dtype bfloat16: {error}")
+        code, message = 2, (f"error: the GPU is full; lower --batch-size (raise --accumulate) or "
+                            f"--window, with --grad-checkpoint on and --dtype bfloat16: {error}")
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
-        message = (f"--workers: {error}; look whether a video is broken, or whether the memory is "
-                   f"full (then take fewer --workers)")
-    print(f"{program}: error: {message}", file=sys.stderr)
-    return 2
+        code, message = 2, f"error: --workers: {error}; is a video broken, or the memory full?"
+    print(f"{program}: {message}", file=sys.stderr)
+    return code

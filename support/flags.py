@@ -102,55 +102,38 @@ def run_flags(flag):
     flag("--dry-run", action="store_true", help="load everything, say what was found, run a step")
 
 
-def integer(low: int = 0, high: int = 10 ** 9):
+def integer(low: int = 0, high: int = 10 ** 9, kind=int, what="a whole number"):
     """argparse type: a whole number from low to high."""
-    return number(int, low, high)
-
-
-def real(low: float = 0, high: float = 1e9):
-    """argparse type: a number from low to high."""
-    return number(float, low, high)
-
-
-def number(kind, low, high):
     def parse(text: str):
         try:
-            value = kind(text)
+            if low <= kind(text) <= high:
+                return kind(text)
         except ValueError:
-            value = None
-        if value is None or not low <= value <= high:
-            what = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(
-                f"expected {what} from {low:g} to {high:g}, found {text}")
-        return value
+            pass
+        raise argparse.ArgumentTypeError(f"expected {what} from {low:g} to {high:g}, found {text}")
     return parse
+
+
+def real(low: float = 0, high: float = 1e9, what="a number"):
+    """argparse type: a number from low to high."""
+    return integer(low, high, float, what)
 
 
 def lambda_lang(text: str):
     """argparse type of --lambda-lang."""
     if text in ("learned", "generated"):
         return text
-    try:
-        return real(0, 1)(text)
-    except argparse.ArgumentTypeError:
-        raise argparse.ArgumentTypeError(f"expected 'learned', 'generated' or a number from 0 to "
-                                         f"1, found {text}") from None
+    return real(0, 1, "'learned', 'generated' or a number")(text)
 
 
 def device(text: str) -> str:
     """argparse type of --device: one that is there."""
-    try:
-        found = torch.device(text)
-    except RuntimeError:
-        found = None
-    count = torch.cuda.device_count()
-    if found is not None:
-        if found.type == "cpu":
-            return text
-        if found.type == "cuda" and (found.index or 0) < count:
-            return text
-    raise argparse.ArgumentTypeError(f"expected cpu or a GPU that is there (cuda, cuda:0, ...; "
-                                     f"found {count} of them), not {text}")
+    there = ["cpu"]
+    if torch.cuda.is_available():
+        there += ["cuda", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))]
+    if text not in there:
+        raise argparse.ArgumentTypeError(f"expected one of {', '.join(there)}, found {text}")
+    return text
 
 
 def check_train_args(parser, args) -> None:
@@ -167,20 +150,15 @@ def check_train_args(parser, args) -> None:
     if args.ablation and args.lambda_lang != "learned":
         parser.error("--ablation and --lambda-lang change one thing each: leave out one of them")
     if args.resume and args.overwrite:
-        parser.error("--resume goes on with a run and --overwrite starts over: leave out one of "
-                     "them")
+        parser.error("--resume goes on with a run and --overwrite starts over: leave out one")
     steps, top = args.resize_to or args.window, 2 ** (args.levels - 1)
     if steps < top:
-        parser.error(f"--levels {args.levels}: expected windows of at least {top} steps, one for "
-                     f"the top level of the pyramid, found {steps}; lower --levels, or raise "
-                     f"--window or --resize-to")
+        parser.error(f"--levels {args.levels}: expected windows of at least {top} steps, found "
+                     f"{steps}; lower --levels, or raise --window or --resize-to")
     if args.ranges and len(args.ranges) != args.levels:
-        parser.error(f"--levels: expected {len(args.ranges)}, the ranges of the preset, found "
-                     f"{args.levels}")
+        parser.error(f"--levels: expected {len(args.ranges)} as the preset, found {args.levels}")
     if args.width % HEADS:
-        parser.error(f"--width: expected a multiple of the head's {HEADS} attention heads, found "
-                     f"{args.width}")
+        parser.error(f"--width: expected a multiple of {HEADS}, the heads, found {args.width}")
     patch = TINY_VISION["patch_size"]
     if args.videos and args.vision == "tiny" and args.image_size % patch:
-        parser.error(f"--image-size: expected a multiple of the patches of {patch} pixels, found "
-                     f"{args.image_size}")
+        parser.error(f"--image-size: expected a multiple of {patch}, found {args.image_size}")

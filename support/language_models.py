@@ -5,91 +5,79 @@ from pathlib import Path
 
 import torch
 import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from support.annotations import InputError
 
 transformers.logging.disable_progress_bar()
+transformers.logging.set_verbosity_error()      # it would list the tensors of InternVL's encoder
 
 
 def language_config(folder):
-    """Read the transformers configuration of a folder, or of a name on the Hugging Face hub.
+    """Read transformers' configuration of a language model, also of the one inside an InternVL.
 
-    An InternVL folder gives the configuration of the language model inside. Raises InputError.
+    folder: a path, or a name on the Hugging Face hub. Raises InputError.
     """
     try:
         content = transformers.PretrainedConfig.get_config_dict(folder)[0]
         # InternVL's native layout says text_config, its original layout llm_config.
         inner = content.get("text_config") or content.get("llm_config") or content
         config = transformers.AutoConfig.for_model(**inner)
+        if not hasattr(config, "hidden_size"):
+            raise ValueError(f"model_type {config.model_type}")
+        return config
     except Exception as error:                             # a damaged folder can fail in any way
         found = "" if Path(folder).is_dir() else "no such folder, and as a name: "
-        raise InputError(f"--lm {folder}: expected the folder or name of a causal language model "
-                         f"of transformers, with config.json, weights, tokenizer, found: "
-                         f"{found}{first_line(error)}") from error
-    if not hasattr(config, "hidden_size"):
-        raise InputError(f"--lm {folder}: expected a causal language model, "
-                         f"found model_type {config.model_type}")
-    return config
+        raise InputError(f"--lm {folder}: expected a folder or name of a causal language model, "
+                         f"with weights, tokenizer; found: {found}{first_line(error)}") from error
 
 
 def load_language_model(folder, dtype: torch.dtype):
-    """Load (causal language model, tokenizer) from a folder, or from a name on the hub.
+    """Load (causal language model, tokenizer); folder as for `language_config`.
 
-    From an InternVL3, only the language model is read, in the native layout
-    (language_model.model.*) or in the original one. Code in a folder is never run.
-    Raises InputError if a tensor is missing or does not fit, and names it; also if masks cannot
-    steer the model's attention (see `check_mask`).
+    Of an InternVL3 in its native or original layout, only the language model is read. Code in a
+    folder is never run. Raises InputError, also for a tensor that is missing or does not fit.
     """
     config = language_config(folder)
     inner = {r"^(model\.)?language_model\.(model\.)?(?!lm_head)": "model.",
              r"^language_model\.lm_head": "lm_head"}
-    level = transformers.logging.get_verbosity()
-    # transformers would list the tensors of InternVL's vision encoder.
-    transformers.logging.set_verbosity_error()
     try:
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
             folder, config=config, dtype=dtype, attn_implementation="sdpa",
             key_mapping=inner, output_loading_info=True, trust_remote_code=False)
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:                             # a damaged folder can fail in any way
-        reason = first_line(error)
-        if "scaled_dot_product_attention" in reason:       # the architecture has no sdpa
-            raise mask_error(folder, config, reason.split(". ")[0]) from error
-        raise InputError(f"--lm {folder}: expected weights and tokenizer of a {config.model_type} "
-                         f"language model, found: {reason}") from error
-    finally:
-        transformers.logging.set_verbosity(level)
-    # transformers makes up a tokenizer where none is stored.
-    if not tokenizer("a").input_ids or tokenizer.eos_token_id is None:
-        raise InputError(f"--lm {folder}: expected a tokenizer with an end-of-text token, "
-                         f"found none; fetch tokenizer.json and tokenizer_config.json, too")
-    missing = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
-    if missing == {"lm_head.weight"}:                      # a file without it has tied embeddings
-        model.lm_head.weight = model.get_input_embeddings().weight
-    elif missing:
-        raise InputError(f"--lm {folder}: expected all weights of a {config.model_type} language "
-                         f"model, missing or of another shape are {len(missing)}, "
-                         f"among them {sorted(missing)[:3]}")
-    check_mask(model, folder)
-    return model, tokenizer
+        # transformers makes up a tokenizer where none is stored.
+        if not tokenizer("a").input_ids or tokenizer.eos_token_id is None:
+            raise ValueError("no tokenizer with an end-of-text token; fetch tokenizer.json and "
+                             "tokenizer_config.json, too")
+        missing = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
+        if missing == {"lm_head.weight"}:                  # a file without it has tied embeddings
+            model.lm_head.weight = model.get_input_embeddings().weight
+        elif missing:
+            raise ValueError(f"{len(missing)} weights missing or misshapen: {sorted(missing)[:3]}")
+        check_mask(model)
+        return model, tokenizer
+    except Exception as error:             # a damaged folder or foreign model can fail in any way
+        reason = first_line(error).split(". ")[0]          # without advice and addresses
+        raise InputError(f"--lm {folder}: expected weights and tokenizer of a causal language "
+                         f"model, with attention that takes a 4-D mask (Qwen, Llama, Mistral, "
+                         f"Gemma, ...), found model_type {config.model_type}: {reason}") from error
 
 
 def attention_masks(config, mask: torch.Tensor):
     """Turn one mask into the attention_mask that the layers of a model need.
 
-    mask: (B, 1, n, N) bool, True where a query (row) may see a key (column). The queries are the
-    last n of the N tokens.
-    Returns one mask of this shape if all layers are of one kind, else a dict {kind: mask}.
-    A sliding layer keeps only keys with |i - j| < config.sliding_window; i and j count all tokens
-    of the sequence. Raises InputError for layers that are neither full nor sliding.
+    mask: (B, 1, n, N) bool, True where a query (row), one of the last n tokens, may see a key.
+    Returns one such mask if all layers are of one kind, else a dict {kind: mask}. Sliding layers
+    see keys with |i - j| < config.sliding_window. Raises InputError for other kinds of layers.
     """
     window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None)
     if not kinds:                                          # as in Llama and Mistral
         kinds = ["sliding_attention" if window else "full_attention"]
-    for kind in kinds:
-        if kind not in ("full_attention", "sliding_attention"):
-            raise InputError(f"expected layers of full or sliding attention, found {kind}")
+    unknown = set(kinds) - {"full_attention", "sliding_attention"}
+    if unknown:
+        raise InputError(f"expected layers of full or sliding attention, found {min(unknown)}")
     masks = dict.fromkeys(kinds, mask)
     if "sliding_attention" in masks:
         n, N = mask.shape[2:]
@@ -100,37 +88,21 @@ def attention_masks(config, mask: torch.Tensor):
 
 
 @torch.no_grad()
-def check_mask(model, folder) -> None:
-    """Raise InputError unless a 4-D boolean mask decides which tokens the model's attention sees.
-
-    The decoder reads 4 random embeddings, then the same with another last one. The first hidden
-    state must differ under a full mask. Under a causal mask it must not, except for rounding.
-    """
+def check_mask(model) -> None:
+    """Raise an error unless a 4-D boolean mask decides which tokens the model's attention sees."""
     width = model.get_input_embeddings().weight.size(1)
-    tokens = torch.randn(1, 4, width, generator=torch.Generator().manual_seed(0))
-    changed = torch.cat([tokens[:, :-1], -tokens[:, -1:]], 1)
-    full = torch.ones(1, 1, 4, 4, dtype=torch.bool)
-    masks = torch.cat([full, full, full.tril(), full.tril()])
-    try:
-        hidden = model.base_model(
-            inputs_embeds=torch.cat([tokens, changed, tokens, changed]).to(model.dtype),
-            position_ids=torch.arange(4).expand(4, 4),
-            attention_mask=attention_masks(model.config, masks),
-            use_cache=False).last_hidden_state
-        first = hidden[:, 0].float()
-        seen = float((first[0] - first[1]).abs().max())
-        leaked = float((first[2] - first[3]).abs().max())
-        if not 10 * leaked < seen:
-            raise ValueError(f"the last of 4 tokens changes the first by {seen:.1g} under a full "
-                             f"mask, by {leaked:.1g} under a causal mask")
-    except Exception as error:                             # a foreign decoder can fail in any way
-        raise mask_error(folder, model.config, first_line(error)) from error
-
-
-def mask_error(folder, config, reason: str) -> InputError:
-    return InputError(f"--lm {folder}: expected a language model whose attention takes a 4-D mask "
-                      f"(Qwen2, Qwen3, Llama, Mistral, Gemma and most newer ones), "
-                      f"found model_type {config.model_type}: {reason}")
+    tokens = torch.randn(4, width, generator=torch.Generator().manual_seed(0)).repeat(4, 1, 1)
+    tokens[1::2, -1] *= -1                                 # sequences 1 and 3 of 4
+    mask = torch.ones(4, 1, 4, 4, dtype=torch.bool)
+    mask[2:] = mask[2:].tril()
+    hidden = model.base_model(
+        inputs_embeds=tokens.to(model.dtype), position_ids=torch.arange(4).expand(4, 4),
+        attention_mask=attention_masks(model.config, mask), use_cache=False).last_hidden_state
+    first = hidden[:, 0].float()
+    seen, leaked = (first[::2] - first[1::2]).abs().amax(1).tolist()
+    if not 10 * leaked < seen:                             # rounding may leak
+        raise ValueError(f"the last of 4 tokens changes the first by {seen:.1g} under a full mask, "
+                         f"by {leaked:.1g} under a causal mask")
 
 
 def name_of_cache(model) -> str:
@@ -148,13 +120,11 @@ def first_line(error: Exception) -> str:
     return (str(error).strip() or repr(error)).splitlines()[0]
 
 
-def make_tiny_lm(folder, texts: list, dim=128, layers=2, seed=0) -> None:
-    """Write a model folder: a small random Qwen2, and a byte-level BPE tokenizer learnt from texts.
+def make_tiny_lm(folder, texts, dim=128) -> None:
+    """Write a small random Qwen2 and a byte-level BPE tokenizer of texts, where no model is yet.
 
     The model knows nothing. It lets the whole method run, and be tested, without a download.
-    A folder that holds a model already is left as it is.
     """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     if (Path(folder) / "config.json").exists():
         return
     end = "<|endoftext|>"
@@ -172,11 +142,11 @@ def make_tiny_lm(folder, texts: list, dim=128, layers=2, seed=0) -> None:
     # model could never learn to write the end.
     config = transformers.Qwen2Config(
         vocab_size=len(tokenizer), hidden_size=dim, intermediate_size=2 * dim,
-        num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2,
+        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
         max_position_embeddings=32768, tie_word_embeddings=True, initializer_range=dim ** -0.5,
         eos_token_id=tokenizer.eos_token_id, pad_token_id=None, bos_token_id=None)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(0)
         model = transformers.Qwen2ForCausalLM(config)
     tokenizer.save_pretrained(folder)
     model.save_pretrained(folder)

@@ -1,13 +1,12 @@
-"""support/presets.py - the recipe of each data set: one plain dict of train.py's flags.
+"""support/presets.py - the recipe of each data set: train.py's flags where no default suits it.
 
-A flag on the command line wins. The presets are end to end; `get_preset` adds the differences for
-features. Six values have no flag, because they belong to a recipe: see BASE.
+A flag on the command line wins. Presets are end to end; FEATURE_PRESETS change them for features.
 """
 from pathlib import Path
 
 DESCRIPTIONS = Path(__file__).parents[1] / "descriptions"
 
-BASE = dict(
+BASE = dict(                  # values of a recipe without a flag
     labels="verb",            # what is to be found in EPIC-Kitchens-100: verb or noun
     ranges=None,              # [low, high] per level: boundary distances it finds (None: doubling)
     frames_per_step=1,        # frames read for a step, at even distances (end to end)
@@ -16,9 +15,8 @@ BASE = dict(
     max_per_class=0,          # most detections of a class in a video (0 = no limit)
 )
 EPIC = dict(
-    train_subset="training", test_subset="validation", window=768, stride=16, num_frames=16,
-    frames_per_step=8, fps=30, image_size=160, min_overlap=0.3, batch_size=2, width=512, levels=6,
-    head_window=0, epochs=120, tiou=[0.1, 0.2, 0.3, 0.4, 0.5], nms_sigma=0.4, voting=0.75,
+    window=768, stride=16, num_frames=16, frames_per_step=8, fps=30, min_overlap=0.3, batch_size=2,
+    levels=6, head_window=0, tiou=[0.1, 0.2, 0.3, 0.4, 0.5], nms_sigma=0.4, voting=0.75,
     ranges=[[0, 4], [2, 8], [4, 16], [8, 32], [16, 64], [32, 1e4]], max_per_video=2000, workers=4)
 PRESETS = {
     "custom": {},
@@ -32,15 +30,14 @@ PRESETS = {
         descriptions=str(DESCRIPTIONS / "thumos14.json"),
         train_subset="validation", test_subset="test",
         leave_out=["video_test_0000270", "video_test_0001292"],     # known to be annotated wrongly
-        window=768, stride=4, num_frames=0, image_size=160, min_overlap=0.75, batch_size=1,
-        width=512, levels=6, head_window=0, epochs=120, tiou=[0.3, 0.4, 0.5, 0.6, 0.7],
-        nms_sigma=0.7, voting=0.7, max_per_class=200, max_per_video=2000, workers=4),
+        window=768, stride=4, min_overlap=0.75, batch_size=1, levels=6, head_window=0,
+        tiou=[0.3, 0.4, 0.5, 0.6, 0.7], nms_sigma=0.7, voting=0.7, max_per_class=200,
+        max_per_video=2000, workers=4),
     "activitynet": dict(
         descriptions=str(DESCRIPTIONS / "activitynet.json"),
-        train_subset="training", test_subset="validation", resize_to=192, frames_per_step=4,
-        window=192, image_size=160, batch_size=4, width=256, levels=6, head_window=0, epochs=120,
-        tiou=[0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95], nms_sigma=0.7, voting=0.9,
-        max_per_video=100, workers=4),
+        resize_to=192, frames_per_step=4, window=192, batch_size=4, width=256, levels=6,
+        head_window=0, tiou=[0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95],
+        nms_sigma=0.7, voting=0.9, max_per_video=100, workers=4),
     "epic-verb": dict(EPIC, descriptions=str(DESCRIPTIONS / "epic_verb.json"), labels="verb"),
     "epic-noun": dict(EPIC, descriptions=str(DESCRIPTIONS / "epic_noun.json"), labels="noun"),
 }
@@ -56,7 +53,7 @@ FEATURE_PRESETS = {
 
 
 def get_preset(dataset: str, features: bool) -> dict:
-    """{flag: value} of a data set, end to end or from features."""
+    """{flag: value} of a data set."""
     preset = BASE | PRESETS[dataset]
     if features:
         preset |= FEATURE_PRESETS.get(dataset, {})

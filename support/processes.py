@@ -1,5 +1,4 @@
-"""support/processes.py - several processes under torchrun, one GPU each. All of it does nothing in
-one process."""
+"""support/processes.py - several processes under torchrun; in one process all of it does nothing."""
 import os
 import sys
 from contextlib import contextmanager
@@ -10,12 +9,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 
 def rank() -> int:
-    """Number of this process."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
-    """Number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -43,22 +40,14 @@ def first_one_first():
 
 def average(*tensors) -> None:
     """Every tensor becomes its mean over all processes, in place."""
-    if not dist.is_initialized():
-        return
     for tensor in tensors:
-        dist.all_reduce(tensor)
-        tensor /= world_size()
+        if dist.is_initialized():
+            dist.all_reduce(tensor)
+            tensor /= world_size()
 
 
 class Parallel(DistributedDataParallel):
-    """torch's data parallelism with the attributes of the model inside.
-
-    A vision-only epoch leaves LoRA without gradient: `find_unused_parameters`. Class means are sums
-    of each process: `broadcast_buffers=False`, or those of the first would overwrite the others'.
-    """
-
-    def __init__(self, model):
-        super().__init__(model, find_unused_parameters=True, broadcast_buffers=False)
+    """torch's data parallelism with the attributes of the model inside."""
 
     def __getattr__(self, name):
         try:
@@ -68,12 +57,10 @@ class Parallel(DistributedDataParallel):
 
 
 def parallel(model, seed: int):
-    """The model, whose gradients become means over all processes where there are several.
-
-    All but the first process draw other random numbers from here on.
-    """
+    """Gradients become means over all processes, which draw other random numbers from here on."""
     if not dist.is_initialized():
         return model
     if rank():
         torch.manual_seed(seed + 1000 * rank())
-    return Parallel(model)
+    # Without language LoRA has no gradient. Each process has class means (buffers) of its own.
+    return Parallel(model, find_unused_parameters=True, broadcast_buffers=False)

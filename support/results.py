@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from support.annotations import InputError, read_field, read_segments, shorten
+from support.annotations import check_fields, expect, first_ten, read_field, read_segments
 from support.checkpoint import written_whole
 
 TIOU = [0.3, 0.4, 0.5, 0.6, 0.7]
@@ -18,84 +18,63 @@ TIOU = [0.3, 0.4, 0.5, 0.6, 0.7]
 def load_ground_truth(path, subset: str) -> dict:
     """The videos of one subset, named in any case, of an ActivityNet-format file, plain or gzip.
 
-    Returns {video: {"segments": (N, 2) float64 seconds, "labels": [str]}}; videos without
-    segments are kept. Raises InputError for a file that cannot be read or has another format,
-    and for a subset without segments.
+    Videos without segments are kept. Raises InputError for a file that cannot be read or has
+    another format, and for a subset without segments.
     """
-    database = read_field(path, "database")
-    ground_truth = {}
-    found = Counter()
-    for video, entry in database.items():
-        if not (isinstance(entry, dict) and isinstance(entry.get("subset"), str)):
-            raise InputError(f"{path}: database/{video}: expected an object with a text field "
-                             f"'subset', found {shorten(entry)}. Add the subset of this video.")
-        found[entry["subset"]] += 1
+    ground_truth, subsets = {}, Counter()
+    for video, entry in read_field(path, "database").items():
+        where = f"{path}: database/{video}"
+        check_fields(where, entry, "subset")
+        subsets[entry["subset"]] += 1
         if entry["subset"].lower() == subset.lower():
-            where = f"{path}: database/{video}/annotations"
-            ground_truth[video] = read_segments(where, entry.get("annotations"), scored=False)
-    if not ground_truth:
-        names = ", ".join(f"{name} ({count} videos)" for name, count in found.items())
-        raise InputError(f"{path}: no video has the subset '{subset}'; found "
-                         f"{names or 'no videos at all'}. Give one of these by --subset.")
-    if not any(entry["labels"] for entry in ground_truth.values()):
-        raise InputError(f"{path}: expected segments in the subset '{subset}', found "
-                         f"{len(ground_truth)} videos without a single one. Choose an annotated "
-                         f"subset by --subset.")
+            ground_truth[video] = read_segments(f"{where}/annotations", entry.get("annotations"))
+    found = first_ten(f"{name} ({count} videos)" for name, count in subsets.items())
+    expect(ground_truth, path, f"videos of subset '{subset}'", found, "give one by --subset")
+    expect(any(entry["labels"] for entry in ground_truth.values()), path,
+           f"segments in subset '{subset}'", f"none in {len(ground_truth)} videos",
+           "choose an annotated subset by --subset")
     return ground_truth
 
 
 def load_predictions(path) -> dict:
-    """The detections of an ActivityNet-format result file, plain or gzip.
-
-    Returns {video: {"segments": (M, 2) float64 seconds, "labels": [str], "scores": (M,)
-    float64}}. Raises InputError for a file that cannot be read or has another format.
-    """
+    """The detections of an ActivityNet-format result file, plain or gzip, or InputError."""
     predictions = {}
     for video, entries in read_field(path, "results").items():
-        predictions[video] = read_segments(f"{path}: results/{video}", entries, scored=True)
+        predictions[video] = read_segments(f"{path}: results/{video}", entries, "score")
+        predictions[video]["scores"] = np.array([entry["score"] for entry in entries], np.float64)
     return predictions
 
 
 def doubts(ground_truth: dict, predictions: dict):
-    """Yields sentences on possible mistakes in predictions.
-
-    Possible mistakes are unknown labels, videos outside the subset, and many equal scores.
-    """
+    """Yields sentences on possible mistakes: unknown labels or videos, and many equal scores."""
     classes = {label for entry in ground_truth.values() for label in entry["labels"]}
-    count = Counter(label for entry in predictions.values() for label in entry["labels"])
+    count, distinct = Counter(), set()
+    for entry in predictions.values():
+        count.update(entry["labels"])
+        distinct.update(zip(entry["labels"], entry["scores"].tolist()))
     unknown = sorted(set(count) - classes)
     if unknown:
-        detections = sum(count[label] for label in unknown)
-        yield (f"{detections} detections have a label that the ground truth has not, and are not "
-               f"scored: {shorten(', '.join(unknown))} (labels are compared exactly)")
+        yield (f"{sum(count[label] for label in unknown)} detections have a label that the ground "
+               f"truth has not, and are not scored: {first_ten(unknown)} (labels are compared "
+               f"exactly)")
     outside = sorted(set(predictions) - set(ground_truth))
     if outside:
         yield (f"{len(outside)} of {len(predictions)} videos with predictions are not in the "
-               f"subset; detections there are wrong: {shorten(', '.join(outside))}")
-    distinct = set()
-    for entry in predictions.values():
-        distinct.update(zip(entry["labels"], entry["scores"].tolist()))
-    total = sum(count.values())
-    repeats = total - len(distinct)
-    if repeats > 0.01 * total:
-        yield (f"{repeats} of {total} detections repeat a score of their class; the order of ties "
-               f"depends on the CPU and can move the mAP by some tenths of a percent (write scores "
-               f"with more digits)")
+               f"subset; detections there are wrong: {first_ten(outside)}")
+    repeats = count.total() - len(distinct)
+    if repeats > 0.01 * count.total():
+        yield (f"{repeats} of {count.total()} detections repeat a score of their class; the order "
+               f"of ties depends on the CPU and can move the mAP by some tenths of a percent "
+               f"(write scores with more digits)")
 
 
 def write_result(path, predictions: dict) -> None:
-    """Write predictions as an ActivityNet result file.
-
-    The file is {"results": {video: [{"label", "score", "segment": [start, end] (seconds)}]}}.
-    """
+    """{"results": {video: [{"label", "score", "segment": [start, end] (seconds)}]}} as a file."""
     results = {}
     for video, found in predictions.items():
-        rows = []
-        for label, score, segment in zip(found["labels"], found["scores"], found["segments"]):
-            start, end = segment
-            rows.append({"label": label, "score": float(score),
-                         "segment": [float(start), float(end)]})
-        results[video] = rows
+        rows = zip(found["labels"], found["scores"].tolist(), found["segments"].tolist())
+        results[video] = [dict(label=label, score=score, segment=times)
+                          for label, score, times in rows]
     content = {"version": "ActionVLM", "results": results, "external_data": {}}
     with written_whole(path) as beside:
         beside.write_text(json.dumps(content) + "\n")
@@ -121,29 +100,24 @@ def format_table(result: dict, thresholds) -> str:
 
 def write_figures(path, subset: str, tiou: list, result: dict) -> None:
     """Write all figures of a result as JSON, fractions with all digits, if a path is given."""
-    if not path:
-        return
-    content = {"subset": subset, "tiou": tiou}
-    for name, value in result.items():
-        content[name] = value.tolist() if name == "mAP" else value
+    content = {"subset": subset, "tiou": tiou, **result, "mAP": result["mAP"].tolist()}
     content["AP"] = dict(zip(content.pop("classes"), result["AP"].T.tolist()))
-    Path(path).write_text(json.dumps(content, indent=1) + "\n")
+    if path:
+        Path(path).write_text(json.dumps(content, indent=1) + "\n")
 
 
-def by_class(entries):
+def by_class(entries: dict) -> dict:
     """Ground truth or predictions -> {label: {video: rows [start, end, score]}}; no score is 0."""
     rows = {}
     for video, entry in entries.items():
-        segments = np.asarray(entry["segments"], dtype=np.float64).reshape(-1, 2)
-        labels = list(entry["labels"])
+        segments = np.asarray(entry["segments"], np.float64).reshape(-1, 2)
+        labels = entry["labels"]
         scores = np.asarray(entry.get("scores", np.zeros(len(labels))), dtype=np.float64)
-        if not len(segments) == len(labels) == len(scores):
-            raise InputError(f"video {video}: expected as many segments and scores as labels, "
-                             f"found {len(segments)} segments, {len(scores)} scores, "
-                             f"{len(labels)} labels.")
-        if np.isnan(scores).any():
-            raise InputError(f"predictions of video {video}: expected numbers as scores, found "
-                             f"NaN. Did training diverge?")
+        expect(len(segments) == len(scores) == len(labels), f"video {video}",
+               f"as many segments and scores as labels ({len(labels)})",
+               f"{len(segments)} segments and {len(scores)} scores")
+        expect(not np.isnan(scores).any(), f"predictions of video {video}", "numbers as scores",
+               "NaN", "did training diverge?")
         for label, (start, end), score in zip(labels, segments.tolist(), scores.tolist()):
             rows.setdefault(label, {}).setdefault(video, []).append((start, end, score))
     return rows

@@ -3,81 +3,66 @@ import time
 
 import torch
 
-from support.checkpoint import append_row, trained_parameters
+from support.checkpoint import read_log, trained_parameters, write_log
 
 
 def describe(model, groups: list, training, test) -> None:
-    """Print what was found: videos, segments, classes; trained and frozen parameters.
-
-    groups: train.parameter_groups. training, test: data.TALDataset.
-    """
+    """Print videos, segments and classes; trained parameters by train.parameter_groups."""
     for name, data in (("training", training), ("test", test)):
         segments = sum(len(v.labels) for v in data.videos)
         hours = sum(v.duration for v in data.videos) / 3600
         print(f"{name}: {len(data.videos)} videos, {segments} segments, {hours:.2f} h, "
               f"{len(data)} windows")
-    counts, rates = {"head": 0, "vision": 0, "lm": 0}, {}
+    counts, rates = {}, {}
     for group in groups:
-        counts[group["name"]] += sum(p.numel() for p in group["params"])
-        rates[group["name"]] = group["base_lr"]
-    parts = [f"{part} {counts[part]:,} (lr {rates[part]:g})" for part in counts if counts[part]]
+        name, size = group["name"], sum(p.numel() for p in group["params"])
+        counts[name] = counts.get(name, 0) + size
+        rates[name] = group["base_lr"]
+    parts = [f"{name} {count:,} (lr {rates[name]:g})" for name, count in counts.items()]
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     print(f"{len(model.config.classes)} classes; trained parameters: {', '.join(parts)}; "
           f"frozen: {frozen:,}")
 
 
 def describe_size(model, args) -> None:
-    """Print the length of the sequence of tokens, and what a training step takes of memory."""
-    language, L = model.language, args.resize_to or args.window
-    if language is not None:
-        print(f"tokens of a window: {4 * L} for {L} frames + {len(language.prompt_ids)} for the "
-              f"prompt = {language.sequence_length(L)}, then the answer")
-    print(f"memory, about: {estimate_memory(model, args)}")
+    """Print the length of the sequence of tokens, and about the memory of a training step.
 
-
-def estimate_memory(model, args) -> str:
-    """A sentence on the memory of a training step.
-
-    Frozen weights; trained ones with gradient, AdamW's two moments and average; activations, about
-    10 D + 3 F numbers a token and layer (F: width of the MLP). With activation checkpointing, D
-    numbers a token and layer, and one layer in full.
+    Trained weights have gradient, AdamW's two moments and average. A layer keeps about 10 D + 3 F
+    numbers a token (F: of the MLP); with activation checkpointing D, and one layer all.
     """
-    frozen = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
-    trained = sum(p.numel() * p.element_size() for _, p in trained_parameters(model))
-    trained *= 5 if args.ema else 4
-
-    def activations(config, tokens, size):
+    language, L = model.language, args.resize_to or args.window
+    parts = []                                             # (transformers' config, tokens, bytes)
+    if model.vision is not None:
+        side = model.config.vision["image_size"] // model.config.vision["patch_size"]
+        tokens = L // model.vision.tubelet * side ** 2
+        parts.append((model.vision.backbone.config, tokens, 4))
+    if language is not None:
+        tokens = language.sequence_length(L)
+        parts.append((language.lm.config, tokens, language.lm.dtype.itemsize))
+        print(f"tokens of a window: {4 * L} for {L} frames + {len(language.prompt_ids)} for the "
+              f"prompt = {tokens}, then the answer")
+    passed = 0
+    for config, tokens, size in parts:
         D, layers = config.hidden_size, config.num_hidden_layers
         full = 10 * D + 3 * config.intermediate_size
         per_token = D * layers + full if args.grad_checkpoint == "on" else full * layers
-        return args.batch_size * tokens * size * per_token
-
-    passed, GiB = 0, 2 ** 30
-    if model.vision is not None:
-        side = model.config.vision["image_size"] // model.config.vision["patch_size"]
-        patches = args.window // model.vision.tubelet * side ** 2
-        passed += activations(model.vision.backbone.config, patches, 4)
-    if model.language is not None:
-        lm = model.language.lm
-        tokens = model.language.sequence_length(args.window)
-        passed += activations(lm.config, tokens, lm.dtype.itemsize)
-    return (f"frozen weights {frozen / GiB:.2f} GiB, trained weights with optimizer "
-            f"{trained / GiB:.2f} GiB, activations of encoder and language model "
-            f"{passed / GiB:.2f} GiB; the head's come on top")
+        passed += args.batch_size * tokens * size * per_token
+    frozen = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
+    trained = sum(p.numel() * p.element_size() for _, p in trained_parameters(model))
+    trained *= 5 if args.ema else 4
+    print(f"memory, about: frozen weights {frozen / 2**30:.2f} GiB, trained weights with optimizer "
+          f"{trained / 2**30:.2f} GiB, activations of encoder and language model "
+          f"{passed / 2**30:.2f} GiB; the head's come on top")
 
 
 def log_epoch(path, state, kind: str, terms: dict) -> None:
-    """One line on the screen, one in log.jsonl.
-
-    state: train.TrainingState after the epoch. kind: of the epoch. terms: {name: mean of it}.
-    """
-    args, now = state.args, time.time()
-    began, first = state.began
-    left = (now - began) / (state.epoch - first) * (args.epochs - state.epoch)
+    """Print a train.TrainingState after an epoch, and log it. terms: {name: mean of the epoch}."""
+    epochs, now, (began, first) = state.args.epochs, time.time(), state.began
+    left = (now - began) / (state.epoch - first) * (epochs - state.epoch)
     lr, seconds = state.optimizer.param_groups[0]["lr"], now - state.started
     shown = "  ".join(f"{name} {value:.4f}" for name, value in terms.items())
-    print(f"epoch {state.epoch:3d}/{args.epochs} {kind:15s} {shown}  lr {lr:.1e}  "
-          f"{seconds:.0f} s, {left / 60:.1f} min left")
+    print(f"epoch {state.epoch:3d}/{epochs} {kind:15s} {shown}  lr {lr:.1e}  {seconds:.0f} s, "
+          f"{left / 60:.1f} min left")
     row = {"epoch": state.epoch, "step": state.step, "kind": kind, **terms, "lr": lr,
            "seconds": round(seconds, 2)}
     if kind == "vision-only":
@@ -85,6 +70,6 @@ def log_epoch(path, state, kind: str, terms: dict) -> None:
         means = [round(mean, 4) for mean in state.model.class_means.mean().tolist()]
         row["class_mean"] = dict(zip(names, means))
         print("          class means: " + ", ".join(f"{n} {m:.3f}" for n, m in zip(names, means)))
-    append_row(path, row)
+    write_log(path, [*read_log(path), row])
     if torch.cuda.is_available():
         print(f"          peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")

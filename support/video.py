@@ -1,40 +1,32 @@
 """support/video.py - video and feature files: frames at given times, length and rate, rows."""
 import math
+from contextlib import contextmanager
 
 import numpy as np
 
-from support.annotations import InputError
+from support.annotations import InputError, expect
 
 
 def read_frames(path, times: np.ndarray, short_side: int) -> np.ndarray:
-    """The frames that a video shows at `times`, scaled so that the short side is `short_side`.
+    """The frames (N, h, w, 3), uint8 RGB, that a video shows at `times`; min(h, w) = short_side.
 
-    times: (N,) ascending seconds from the start of the video. Returns (N, h, w, 3) uint8 RGB.
-
-    Frame times are those of the file: the frame rate may vary, and the first frame is second 0.
-    Times after the last frame get the last frame, because durations in annotation files are
-    rounded. Raises InputError with the file's name if it cannot be decoded, if it ends before
-    the end that it states, or if more than half of the times lie past its end.
+    times: (N,) ascending seconds. The file's first frame is second 0, and its rate may vary.
+    Times after the last frame get the last frame: durations in annotation files are rounded.
+    Raises InputError for a file that cannot be decoded, that ends before the end that it states,
+    or where more than half of the times lie past the end.
     """
-    import av
-    try:
-        # Titles may be in any encoding.
-        with av.open(str(path), metadata_errors="replace") as container:
-            frames, last, end = decode_frames(container, times, short_side)
-            seconds = (container.duration or 0) / 1e6
-    except (av.error.FFmpegError, IndexError, OSError, TypeError) as error:
-        raise unreadable(path, error) from error
-    if last is None:
-        raise InputError(f"{path}: expected frames from second {times[0]:.2f} on, found none; "
-                         f"check the file, and duration and fps in the annotations")
+    with opened(path) as container:
+        frames, last, end = decode_frames(container, times, short_side)
+        seconds = (container.duration or 0) / 1e6
+    expect(last is not None, path, f"frames from second {times[0]:.2f} on", "none",
+           "check the file, and duration and fps in the annotations")
     missing = len(times) - len(frames)
-    if missing and end + max(1, 0.1 * seconds) < min(times[-1], seconds):
-        raise InputError(f"{path}: expected {seconds:.1f} s, as the file says, found frames up to "
-                         f"{end:.1f} s; it is cut off or broken: get it again or leave it out")
-    if times[len(times) // 2] > max(end, seconds) + 1:
-        raise InputError(f"{path}: expected frames up to second {times[-1]:.1f}, found the last "
-                         f"at second {end:.1f}; correct its duration in the annotations, or "
-                         f"leave it out with --leave-out")
+    expect(not missing or end + max(1, 0.1 * seconds) >= min(times[-1], seconds), path,
+           f"{seconds:.1f} s, as the file says", f"frames up to {end:.1f} s",
+           "it is cut off or broken: get it again or leave it out")
+    expect(times[len(times) // 2] <= max(end, seconds) + 1, path,
+           f"frames up to second {times[-1]:.1f}", f"the last at second {end:.1f}",
+           "correct its duration in the annotations, or leave it out with --leave-out")
     return np.stack(frames + [last] * missing)
 
 
@@ -56,8 +48,7 @@ def decode_frames(container, times: np.ndarray, short_side: int) -> tuple:
         container.seek(int(start + (times[0] - 1) / tick), stream=stream)
     frames, last, shown = [], None, -math.inf
     for frame in container.decode(stream):
-        before = shown
-        shown = (frame.pts - start) * tick
+        before, shown = shown, (frame.pts - start) * tick
         if shown < before:                           # AVI with B-frames
             raise TypeError
         # `last` is shown until `frame` comes. Times are rounded, so the nearer frame counts.
@@ -74,11 +65,8 @@ def decode_frames(container, times: np.ndarray, short_side: int) -> tuple:
 
 
 def to_rgb(frame, short_side: int, scaler) -> np.ndarray:
-    """A decoded PyAV frame -> (h, w, 3) uint8, upright, with the short side `short_side`.
-
-    A frame that is an array already stays as it is.
-    """
-    if isinstance(frame, np.ndarray):
+    """A decoded PyAV frame -> (h, w, 3) uint8, upright, with the short side `short_side`."""
+    if isinstance(frame, np.ndarray):                # it has been here
         return frame
     scale = short_side / min(frame.width, frame.height)
     w = max(short_side, round(frame.width * scale))
@@ -90,50 +78,40 @@ def to_rgb(frame, short_side: int, scaler) -> np.ndarray:
 
 def probe(path) -> tuple:
     """(duration in seconds, frames per second) of a video file."""
+    with opened(path) as container:
+        stream = container.streams.video[0]
+        fps = float(stream.average_rate)
+        ticks = stream.duration
+        seconds = float(ticks * stream.time_base) if ticks else container.duration / 1e6
+    expect(0 < seconds <= 1e6 and 0 < fps <= 1000, path, "a video of up to 1e6 s and 1000 fps",
+           f"{seconds:g} s of {fps:g} frames a second", "re-encode it or leave it out")
+    return seconds, fps
+
+
+@contextmanager
+def opened(path):
+    """Yields an open video file. An error of PyAV or of the reading becomes an InputError."""
     import av
     try:
-        with av.open(str(path), metadata_errors="replace") as container:
-            stream = container.streams.video[0]
-            fps = float(stream.average_rate)
-            if stream.duration:
-                seconds = float(stream.duration * stream.time_base)
-            else:
-                seconds = container.duration / 1e6
-            if not (0 < seconds <= 1e6 and 0 < fps <= 1000):
-                raise ValueError(f"{seconds:g} s of {fps:g} frames a second")
-            return seconds, fps
-    except (av.error.FFmpegError, IndexError, OSError, TypeError, ValueError) as error:
-        raise unreadable(path, error) from error
-
-
-def unreadable(path, error) -> InputError:
-    """The message on a video file, from the error that PyAV or the reading raised."""
-    found = error
-    if type(error) is IndexError:
-        found = "no video stream"
-    elif type(error) is TypeError:
-        found = "frames without rate or times, or not in order of time"
-    return InputError(f"{path}: expected a video that PyAV can decode, found: {found}; "
-                      f"re-encode it (ffmpeg -i in -c:v libx264 out.mp4) or leave it out")
+        with av.open(str(path), metadata_errors="replace") as container:   # titles in any encoding
+            yield container
+    except (av.error.FFmpegError, IndexError, OSError, TypeError) as error:
+        known = {IndexError: "no video stream",
+                 TypeError: "frames without rate or times, or not in order of time"}
+        raise InputError(f"{path}: expected a video that PyAV can decode, found: "
+                         f"{known.get(type(error), error)}; re-encode it (ffmpeg -i in -c:v "
+                         f"libx264 out.mp4) or leave it out") from error
 
 
 def open_features(path, width: int = 0) -> np.ndarray:
-    """A feature file (T, V) of real numbers as a memory map; nothing is unpickled.
-
-    width: the V that the file must have; 0 = any. Raises InputError for any other file.
-    """
+    """A feature file (T, V) of real numbers as a memory map, without pickle. width: V (0 = any)."""
     try:
         rows = np.lib.format.open_memmap(path, mode="r")
     except Exception as error:                       # a damaged header can fail in any way
         raise InputError(f"{path}: expected a .npy file with an array (T, V), found: {error}; "
                          f"extract this video again or leave it out") from error
-    if rows.ndim != 2 or 0 in rows.shape:
-        raise InputError(f"{path}: expected an array (T, V) with at least one row, found shape "
-                         f"{rows.shape}")
-    if rows.dtype.kind not in "fiu":
-        raise InputError(f"{path}: expected real numbers, found an array of {rows.dtype}")
-    if width and rows.shape[1] != width:
-        raise InputError(f"{path}: expected {width} columns as in the first training video (or "
-                         f"in the run's), found {rows.shape[1]}; extract all videos by the same "
-                         f"encoder")
+    expect(rows.ndim == 2 and rows.size, path, "an array (T, V) of at least one row", rows.shape)
+    expect(rows.dtype.kind in "fiu", path, "real numbers", f"an array of {rows.dtype}")
+    expect(width in (0, rows.shape[1]), path, f"{width} columns, as in the training videos",
+           rows.shape[1], "extract all videos by the same encoder")
     return rows

@@ -12,7 +12,7 @@ import transformers
 from einops import rearrange
 from safetensors.torch import load_file
 
-from support.annotations import InputError, is_number, read_json, shorten
+from support.annotations import InputError, expect, is_number, read_json, shorten
 
 # A VideoMAE that a CPU can train from scratch. The usual range of 0.02 suits wide layers only.
 TINY_VISION = dict(hidden_size=96, num_hidden_layers=2, num_attention_heads=4,
@@ -56,9 +56,9 @@ def vision_config(path, image_size: int) -> dict:
     config = folder_config(Path(path)) if Path(path).is_dir() else file_config(path)
     patch = config["patch_size"]
     smaller = image_size // patch * patch
-    if smaller != image_size:
-        raise InputError(f"{path}: expected an image size that is a multiple of its patches of "
-                         f"{patch} pixels, found {image_size}; take {smaller} or {smaller + patch}")
+    expect(smaller == image_size, path,
+           f"an image size that is a multiple of its patches of {patch} pixels", image_size,
+           f"take {smaller} or {smaller + patch}")
     return dict(config, image_size=image_size)
 
 
@@ -66,10 +66,10 @@ def file_config(path) -> dict:
     """Read the sizes of a VideoMAE file from its tensors. The width V says the number of heads."""
     tensors = read_tensors(path)
     prefix, _ = find_layout(path, tensors, [ORIGINAL_VIDEOMAE])
-    shape = tensors[prefix + "patch_embed.proj.weight"].shape
-    if len(shape) != 5:
-        raise InputError(f"{path}: {prefix}patch_embed.proj.weight: expected the 5 dimensions of "
-                         f"a video encoder, found {tuple(shape)}; give a VideoMAE file")
+    first = prefix + "patch_embed.proj.weight"
+    shape = tuple(tensors[first].shape)
+    expect(len(shape) == 5, f"{path}: {first}", "the 5 dimensions of a video encoder", shape,
+           "give a VideoMAE file")
     V, _, tubelet, _, patch = shape
     start = prefix + "blocks."
     layers = {name[len(start):].split(".")[0] for name in tensors if name.startswith(start)}
@@ -86,9 +86,8 @@ def folder_config(folder: Path) -> dict:
     if isinstance(content, dict):
         content = content.get("vision_config", content)                # of a whole InternVL
     found = content.get("model_type") if isinstance(content, dict) else content
-    if found not in list(DEFAULTS):
-        raise InputError(f"{folder}/config.json: expected model_type {', '.join(DEFAULTS)}, or an "
-                         f"InternVL, found {shorten(found)}; give the folder of such a model")
+    expect(found in list(DEFAULTS), f"{folder}/config.json",
+           f"model_type {', '.join(DEFAULTS)}, or an InternVL", shorten(found), "give its folder")
     values = {**DEFAULTS[found], **content}
     if found == "intern_vit_6b":
         values["attention_bias"] = values["qkv_bias"]
@@ -97,9 +96,9 @@ def folder_config(folder: Path) -> dict:
     for name, value in fields.items():
         if isinstance(value, list) and value:
             fields[name] = value = value[0]                            # images are square
-        if name in WHOLE and not (is_number(value) and value >= 1 and value % 1 == 0):
-            raise InputError(f"{folder}/config.json: {name}: expected a whole number of at least "
-                             f"1, found {shorten(value)}; correct it")
+        whole = is_number(value) and value >= 1 and value % 1 == 0
+        expect(whole or name not in WHOLE, f"{folder}/config.json: {name}",
+               "a whole number of at least 1", shorten(value))
     kind = "videomae" if found == "videomae" else "internvit"
     return {"kind": kind, "pretrained_image_size": fields.pop("image_size"), **fields}
 
@@ -175,20 +174,18 @@ def vision_tensors(path, kind: str, expected: dict) -> tuple:
             parts, part = 3, "qkv".index(name.split(".")[-2][0])
         shape, tensor = f"shape {(parts * len(ours), *ours.shape[1:])}", tensors.get(source)
         found = "none" if tensor is None else f"shape {tuple(tensor.shape)}"
-        if found != shape:
-            raise InputError(f"{path}: expected a tensor {source} of {shape}, found {found}; "
-                             f"the file is incomplete or of another model")
+        expect(found == shape, path, f"a tensor {source} of {shape}", found,
+               "the file is incomplete or of another model")
         weights[name] = tensor.chunk(parts)[part]
         unused.pop(source, None)
     for name in unused:
-        if not UNUSED.match(name.removeprefix(prefix)):
-            raise InputError(f"{path}: expected the tensors of {kind} only, found {name}; "
-                             f"the file is of another model")
+        expect(UNUSED.match(name.removeprefix(prefix)), path, f"the tensors of {kind} only", name,
+               "the file is of another model")
     if prefix + "pos_embed" in tensors:
         positions = tensors[prefix + "pos_embed"][0]           # (N, V)
-        if not torch.allclose(positions, sinusoids(*positions.shape), atol=1e-3):
-            raise InputError(f"{path}: expected the sinusoids of VideoMAE as {prefix}pos_embed, "
-                             f"found other positions; learned ones are not supported")
+        same = torch.allclose(positions, sinusoids(*positions.shape), atol=1e-3)
+        expect(same, path, f"the sinusoids of VideoMAE as {prefix}pos_embed", "other positions",
+               "learned ones are not supported")
     return weights, list(unused)
 
 
@@ -201,9 +198,8 @@ def read_tensors(path) -> dict:
     path, tensors = Path(path), {}
     if path.is_dir():
         files = sorted(path.glob("model*.safetensors")) or sorted(path.glob("pytorch_model*.bin"))
-        if not files:
-            raise InputError(f"{path}: expected model*.safetensors or pytorch_model*.bin, found "
-                             f"none; fetch the weights into this folder")
+        expect(files, path, "model*.safetensors or pytorch_model*.bin", "none",
+               "fetch the weights into this folder")
         for file in files:
             tensors.update(read_tensors(file))
         return tensors
@@ -219,7 +215,6 @@ def read_tensors(path) -> dict:
     for level in ("module", "model", "state_dict"):
         if isinstance(content, dict) and level in content:
             content = content[level]
-    if isinstance(content, dict) and all(map(torch.is_tensor, content.values())):
-        return content
-    raise InputError(f"{path}: expected named tensors, found something else; "
-                     f"give a file with weights")
+    named = isinstance(content, dict) and all(map(torch.is_tensor, content.values()))
+    expect(named, path, "named tensors", "something else", "give a file with weights")
+    return content

@@ -1,7 +1,13 @@
 """Eq. 1-3: class means, language advantage, its prediction and its loss, on hand-computed values."""
 import torch
 
-from advantage import AdvantagePredictor, ClassMeans, advantage_loss, frame_classes, language_advantage
+from advantage import (
+    AdvantagePredictor,
+    ClassMeans,
+    advantage_loss,
+    frame_classes,
+    language_advantage,
+)
 
 
 def test_class_means_are_the_means_of_each_class_over_real_frames():

@@ -13,14 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
-import benchmark
-import checkpoint
 import evaluate
-import reproduce
 import train
-from demo import write_video
+from experiments import benchmark, bias, question_answering, reproduce
+from support.demo import write_video
 
 PREDICTIONS = {"results": {"c": [{"label": "Run", "segment": [1, 3], "score": 0.5}]}}
 
@@ -64,7 +63,7 @@ def video_project(project, clip):
     write(folder / "annotations.json", content)
     at = flags.index("--features")
     return folder, flags[:at] + ["--videos", folder / "videos"] + flags[at + 2:] + [
-        "--stride", "1", "--image-size", "32", "--resize", "32"]
+        "--stride", "1", "--image-size", "32"]
 
 
 @pytest.fixture(scope="module")
@@ -219,7 +218,7 @@ CSV = {
     "label empty": (ROWS.replace("Run", ""), INFO, "val_Annotation.csv: line 2", "column 'type'", "''"),
     "row cut": (ROWS + "video_valid", INFO, "val_Annotation.csv: line 3", "column 'type'"),
     "reversed": (ROWS.replace("1.0", "3.0"), INFO, "val_Annotation.csv", "video_validation_1", "[3.0, 2.0]", "Run"),
-    "empty": ("", INFO, "val_Annotation.csv: line 1", "column 'video'", "nothing"),
+    "empty": ("", INFO, "val_Annotation.csv: line 1", "column 'video'", "found none"),
     "not utf-8": (b"video,type\xff\n", INFO, "val_Annotation.csv", "expected a csv file"),
     "binary": (b"\0\1\2", INFO, "val_Annotation.csv", "expected a c"),
     "info missing": (ROWS, None, "val_video_info.csv", "expected a csv file"),
@@ -242,8 +241,8 @@ def test_csv(project, fails, case):
 THERE = "descriptions.json: "
 DESCRIPTIONS = {
     "absent": (None, THERE, "No such file"),
-    "a list": (["Run"], THERE, "{label: description}"),
-    "value a number": ({"Run": 1, "Jump": "x"}, THERE, "{label: description}", "Run"),
+    "a list": (["Run"], THERE, "expected an object", "found ['Run']"),
+    "value a number": ({"Run": 1, "Jump": "x"}, THERE, "'Run'", "a text that describes it", "found 1"),
     "class missing": ({"Run": "Legs alternate."}, THERE, "found none for Jump", "add a sentence"),
     "empty": ({}, THERE, "Run", "Jump", "add a sentence"),
     "label in another case": ({"run": "Legs alternate.", "Jump": "Up."}, THERE, "Run (there is 'run'", "spell"),
@@ -437,9 +436,22 @@ def test_a_video_shorter_than_a_clip_works(video_project, capsys):
 def rewrite(**changes):
     """The checkpoint with other fields in its header."""
     def change(path):
-        fields, tensors = checkpoint.read_checkpoint(path)
-        save_file(tensors, path, {name: text for name, text in (fields | changes).items() if text is not None})
+        header, tensors = read_raw(path)
+        save_file(tensors, path, {name: text for name, text in (header | changes).items() if text is not None})
     return change
+
+
+def rewrite_config(**changes):
+    """The checkpoint with other fields in its configuration."""
+    def change(path):
+        rewrite(config=json.dumps(json.loads(read_raw(path)[0]["config"]) | changes))(path)
+    return change
+
+
+def read_raw(path):
+    """(header, tensors) of a checkpoint."""
+    with safe_open(str(path), framework="pt") as file:
+        return file.metadata(), {name: file.get_tensor(name) for name in file.keys()}
 
 
 CHECKPOINTS = {
@@ -448,9 +460,11 @@ CHECKPOINTS = {
     "cut short": (lambda path: path.write_bytes(path.read_bytes()[:-99]), "checkpoint.safetensors", "a checkpoint"),
     "of something else": (lambda path: save_file({"x": torch.zeros(3)}, path), "checkpoint.safetensors", "'config'"),
     "with another header": (lambda path: save_file({"x": torch.zeros(3)}, path, {"format": "pt"}), "'config'"),
-    "without an epoch": (rewrite(epoch=None), "checkpoint.safetensors", "expected a checkpoint", "'epoch'"),
+    "without progress": (rewrite(progress=None), "checkpoint.safetensors", "expected a checkpoint", "'progress'"),
+    "without an epoch": (rewrite(progress='{"step": 1}'), "checkpoint.safetensors", "expected a checkpoint", "'epoch'"),
     "with broken flags": (rewrite(args="{"), "checkpoint.safetensors", "expected a checkpoint"),
-    "of another revision": (rewrite(config='{"colour": 1}'), "checkpoint.safetensors", "a checkpoint", "colour"),
+    "of a model that lacks fields": (rewrite(config='{"colour": 1}'), "checkpoint.safetensors", "a checkpoint", "'lm'"),
+    "of another revision": (rewrite_config(colour=1), "checkpoint.safetensors", "colour"),
 }
 
 
@@ -472,8 +486,7 @@ def test_resumed_with_another_model(trained, fails, change, part):
 def test_the_language_model_of_a_checkpoint_is_gone(trained, fails, lm_folder):
     _, _, run = trained
     shutil.rmtree(run / "tiny-lm")
-    header = json.loads(checkpoint.read_checkpoint(run / "checkpoint.safetensors")[0]["config"])
-    rewrite(config=json.dumps(header | {"lm": "/nowhere/lm"}))(run / "checkpoint.safetensors")
+    rewrite_config(lm="/nowhere/lm")(run / "checkpoint.safetensors")
     fails(evaluate.main, ["--checkpoint", run, "--device", "cpu"], "checkpoint.safetensors", "/nowhere/lm", "--lm")
     fails(evaluate.main, ["--checkpoint", run, "--device", "cpu", "--lm", lm_folder], "checkpoint.safetensors", "shape")
 
@@ -482,7 +495,7 @@ def test_features_of_another_width_than_the_checkpoint(trained, fails):
     folder, _, run = trained
     for name in "abc":
         np.save(folder / f"features/{name}.npy", np.zeros((80, 7), np.float32))
-    fields = json.loads(checkpoint.read_checkpoint(run / "checkpoint.safetensors")[0]["args"])
+    fields = json.loads(read_raw(run / "checkpoint.safetensors")[0]["args"])
     moved = {name: str(folder / Path(fields[name]).name) for name in ("features", "annotations", "descriptions")}
     rewrite(args=json.dumps(fields | moved))(run / "checkpoint.safetensors")
     command = ["--checkpoint", run, "--device", "cpu"]
@@ -581,11 +594,11 @@ RESULT_FILES = {
     "list at the top": ([], "'results'", "found []"),
     "swapped": ({"database": {}}, "'results'", "database", "swapped"),
     "detections an object": ({"results": {"c": {}}}, "results/c", "a list"),
-    "score nan": (detection(score=math.nan), "results/c[0]/score", "a finite number", "nan"),
-    "score missing": (detection(score=None), "results/c[0]/score", "no such field"),
-    "score huge": (detection(score=10 ** 400), "results/c[0]/score", "a finite number"),
-    "label a list": (detection(label=["Run"]), "results/c[0]/label", "a text"),
-    "segment null": (detection(segment=[1, None]), "results/c[0]/segment", "[start, end]"),
+    "score nan": (detection(score=math.nan), "results/c[0]: 'score'", "a finite number", "nan"),
+    "score missing": (detection(score=None), "results/c[0]: 'score'", "no such field"),
+    "score huge": (detection(score=10 ** 400), "results/c[0]: 'score'", "a finite number"),
+    "label a list": (detection(label=["Run"]), "results/c[0]: 'label'", "a text"),
+    "segment null": (detection(segment=[1, None]), "results/c[0]: 'segment'", "[start, end]"),
     "deeply nested": ("[" * 200000, "expected a JSON file"),
 }
 
@@ -608,7 +621,7 @@ TRUTH = {
     "no segments": ({"database": {"c": {"subset": "Val", "annotations": []}}}, "expected segments"),
     "annotations missing": ({"database": {"c": {"subset": "Val"}}}, "database/c/annotations", "a list"),
     "segment nan": ({"database": {"c": {"subset": "Val", "annotations": [{"label": "a", "segment": [1, math.nan]}]}}},
-                    "annotations[0]/segment", "nan"),
+                    "annotations[0]: 'segment'", "nan"),
 }
 
 
@@ -632,8 +645,8 @@ def test_predictions_of_unknown_labels_are_a_note(project, capsys):
 
 SCORES = {
     "absent": (None, "No such file"),
-    "a list": ([], '"results"', "scores.json"),
-    "class a text": ({"results": {"c": [1, 0]}, "class": "RunJump"}, '"class"'),
+    "a list": ([], "'results'", "scores.json"),
+    "class a text": ({"results": {"c": [1, 0]}, "class": "RunJump"}, "'class'"),
     "video missing": ({"results": {}, "class": ["Run", "Jump"]}, "found none for c"),
     "class missing": ({"results": {"c": [1]}, "class": ["Run"]}, "found none for Jump"),
     "too few scores": ({"results": {"c": [1]}, "class": ["Run", "Jump"]}, "video 'c'", "2 names"),
@@ -659,16 +672,16 @@ def test_groups(trained, fails, content, parts):
     folder, _, run = trained
     if content is not None:
         write(folder / "figures.json", content)
-    fails(evaluate.main, ["--checkpoint", run, "--device", "cpu", "--groups", folder / "figures.json"], *parts)
+    fails(bias.main, ["--checkpoint", run, "--device", "cpu", "--groups", folder / "figures.json"], *parts)
 
 
 def test_incomplete(trained, fails):
     folder, _, run = trained
     command = ["--checkpoint", run, "--device", "cpu", "--incomplete"]
-    fails(evaluate.main, command, "--incomplete", "an annotation file")
-    fails(evaluate.main, [*command, folder / "nowhere.json"], "nowhere.json", "No such file")
-    fails(evaluate.main, [*command, folder / "annotations.json"], "subset 'incomplete'", "['Train', 'Val']")
-    fails(evaluate.main, [*command, write(folder / "x.json", [])], "x.json", "'database'")
+    fails(bias.main, command, "--incomplete", "an annotation file")
+    fails(bias.main, [*command, folder / "nowhere.json"], "nowhere.json", "No such file")
+    fails(bias.main, [*command, folder / "annotations.json"], "subset 'incomplete'", "['Train', 'Val']")
+    fails(bias.main, [*command, write(folder / "x.json", [])], "x.json", "'database'")
 
 
 # ---------------------------------------------------------------- flags
@@ -676,13 +689,12 @@ TRAIN_FLAGS = """
     --videos x; --window 0; --stride -1; --stride 2.5; --batch-size 0; --accumulate 0; --epochs -1; --lambda-lang 2
     --lambda-lang nan; --lambda-lang x; --tiou 1.5; --tiou 0; --tiou nan; --tiou; --ema 1; --ema -0.1; --lr nan; --lr -1
     --lr-lm inf; --lr-vision -1e-3; --weight-decay -1; --lora-rank 0; --lora-alpha -2; --levels 0; --levels 7
-    --levels 400; --width 18; --width 0; --ranges x; --ranges [[0,4]]; --ranges [[0,4],[8,4],[4,9]]; --ranges [1,2,3]
-    --ranges [[0,4],[2,NaN],[4,9]]; --ranges 3; --prior 0; --prior 1; --workers -1; --clip 0; --clip nan
-    --device nonsense; --device cuda:99; --device meta; --min-overlap 2; --drop-path 1; --label-smoothing 2
-    --num-frames -16; --frames-per-step 0; --resize-to -1; --resize-to 3; --fps -30; --fps nan; --nms-sigma 0
-    --voting 2; --seed -1; --max-per-video -1; --warmup-epochs -1; --lambda-adv nan; --head-window -1; --dataset mine
-    --layout sideways; --no-such-flag; --vision x; --features-used language; --out README.md; --out README.md/below
-    --out /proc/nowhere"""
+    --levels 400; --width 18; --width 0; --prior 0; --prior 1; --workers -1; --clip 0; --clip nan
+    --device nonsense; --device cuda:99; --device meta; --min-overlap 2; --num-frames -16; --resize-to -1
+    --resize-to 3; --fps -30; --fps nan; --nms-sigma 0; --voting 2; --seed -1; --max-per-video -1; --warmup-epochs -1
+    --lambda-adv nan; --head-window -1; --dataset mine; --levels 5 --dataset epic-verb; --layout sideways
+    --no-such-flag; --vision x; --ablation everything; --ablation without-tg --lambda-lang 0.5; --out README.md
+    --out README.md/below; --out /proc/nowhere"""
 TRAIN_FLAGS = [change.split() for change in TRAIN_FLAGS.replace("\n", ";").split(";") if change.strip()]
 
 
@@ -694,7 +706,6 @@ def test_flags_of_train(project, fails, monkeypatch, change):
 
 
 @pytest.mark.parametrize("change, parts", [(["--image-size", "40"], ["--image-size", "16", "40"]),
-                                           (["--resize", "0"], ["--resize", "0"]),
                                            (["--features", "x"], ["--videos", "--features"])], ids=" ".join)
 def test_flags_of_videos(video_project, fails, change, parts):
     fails(train.main, [*video_project[1], *change], *parts)
@@ -709,15 +720,23 @@ def test_flags_that_lack_or_contradict(project, fails):
 
 @pytest.mark.parametrize("flags, part", [
     ("", "--checkpoint"), ("--checkpoint x --predictions p --ground-truth g", "--checkpoint"),
-    ("--ground-truth g", "--predictions"), ("--bias --ground-truth g", "--checkpoint"),
+    ("--ground-truth g", "--predictions"), ("--ground-truth g --predictions p --video v", "--video"),
     ("--checkpoint x --tiou 50", "--tiou"), ("--checkpoint x --tiou nan", "--tiou"),
     ("--checkpoint x --fps -1", "--fps"), ("--checkpoint x --device tpu", "--device"),
-    ("--checkpoint x --min-score nan", "--min-score"), ("--checkpoint x --easy nan", "--easy"),
-    ("--checkpoint x --max-new-tokens 0", "--max-new-tokens"),
-    ("--checkpoint x --video v --bias", "--video"), ("--checkpoint x --incomplete --bias", "--incomplete"),
-    ("--checkpoint no/where", "no/where: expected a checkpoint")])
+    ("--checkpoint x --min-score nan", "--min-score"), ("--checkpoint no/where", "no/where: expected a checkpoint")])
 def test_flags_of_evaluate(fails, flags, part):
     fails(evaluate.main, flags.split(), part)
+
+
+@pytest.mark.parametrize("main, flags, part", [
+    (bias.main, "", "--checkpoint"), (bias.main, "--checkpoint x --easy nan", "--easy"),
+    (bias.main, "--checkpoint x --easy 0.3", "--hard"), (bias.main, "--checkpoint x --incomplete --groups f", "--incomplete"),
+    (bias.main, "--checkpoint no/where", "no/where: expected a checkpoint"),
+    (question_answering.main, "", "--checkpoint"),
+    (question_answering.main, "--checkpoint x --max-new-tokens 0", "--max-new-tokens"),
+    (question_answering.main, "--checkpoint no/where", "no/where: expected a checkpoint")])
+def test_flags_of_bias_and_question_answering(fails, main, flags, part):
+    fails(main, flags.split(), part)
 
 
 def test_flags_of_reproduce_and_benchmark(fails, tmp_path):
@@ -735,12 +754,5 @@ def test_flags_of_reproduce_and_benchmark(fails, tmp_path):
 def test_a_gpu_without_room_says_what_to_lower(fails, monkeypatch):
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-    monkeypatch.setattr(train, "run_all", full)
+    monkeypatch.setattr(train, "run", full)
     fails(train.main, [], "--batch-size", "--grad-checkpoint on", "2.00 GiB")
-
-
-def test_deterministic_names_what_is_not(fails, monkeypatch):
-    def refused(*_):
-        raise RuntimeError("some_backward_cuda does not have a deterministic implementation")
-    monkeypatch.setattr(train, "run_all", refused)
-    fails(train.main, ["--deterministic"], "--deterministic", "some_backward_cuda")

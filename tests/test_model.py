@@ -1,6 +1,4 @@
 """Eq. 4, 5 and the whole model: weights, aggregation, gradients, padding, the vision encoder."""
-import itertools
-
 import pytest
 import torch
 from conftest import feature_batch
@@ -53,10 +51,12 @@ def test_vision_only_does_not_run_the_language_model(make_model, monkeypatch):
 
 def test_without_a_language_model_the_output_is_that_of_vision_only(make_model):
     model, batch = make_model(lm="").eval(), feature_batch([8])
-    output, other = model(batch), make_model().eval()
-    assert model.language is None and output.lambda_lang is None and output.advantage is None
+    assert model.language is None
+    other = make_model().eval()
     other.load_state_dict(model.state_dict(), strict=False)
-    for a, b in zip(output.cls_logits + output.offsets, other(batch, use_language=False).cls_logits + output.offsets):
+    output, vision = model(batch), other(batch, use_language=False)
+    assert output.lambda_lang is None and output.advantage is None and output.text_loss is None
+    for a, b in zip(output.cls_logits + output.offsets, vision.cls_logits + vision.offsets):
         assert torch.equal(a, b)
 
 
@@ -135,11 +135,9 @@ def test_every_kind_of_layer_is_compiled(make_model, monkeypatch):
     torch._dynamo.reset()
     model, before = make_model(feature_dim=0, vision=TINY_VISION), torch._dynamo.utils.counters["stats"]["unique_graphs"]
     model.compile_layers(backend="eager")
-    for lengths, (layout, training) in itertools.product(([16, 16], [16, 12]), (("frames-first", True), ("frames-first", False),
-                                                                             ("text-first", False))):
+    for training, lengths in ((True, [16, 16]), (True, [12]), (False, [16, 16])):      # the last batch may be one window
         batch = feature_batch(lengths, L=16)
-        batch.inputs = torch.zeros(2, 16, 3, 32, 32).byte()
-        model.language.layout = layout
+        batch.inputs = torch.zeros(len(lengths), 16, 3, 32, 32).byte()
         with torch.set_grad_enabled(training):
             model.train(training)(batch)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - before > 8         # the counter is of all tests

@@ -65,6 +65,20 @@ def test_hard_classes_are_the_worst_third_of_the_vision_only_run(tmp_path):
     assert reproduce.hard_mAP(ours, tmp_path / "r" / "figures.json") == pytest.approx((.3 + .7) / 2)
 
 
+class InThisThread:
+    """In place of ThreadPoolExecutor: train.main sets signal handlers, which only the main thread can."""
+    map = staticmethod(map)
+
+    def __init__(self, jobs):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+
 def test_two_runs_are_resumed_and_not_repeated(tmp_path, monkeypatch, capsys):
     """The commands in this process, which saves loading torch ten times."""
     make_demo(tmp_path / "data", train=2, test=1, incomplete=1)
@@ -76,6 +90,7 @@ def test_two_runs_are_resumed_and_not_repeated(tmp_path, monkeypatch, capsys):
                 "experiments.question_answering": question_answering}[script].main
         assert main([*map(str, flags)]) == 0
     monkeypatch.setattr(reproduce, "command", here)
+    monkeypatch.setattr(reproduce, "ThreadPoolExecutor", InThisThread)
     monkeypatch.setattr(reproduce, "TABLES", {number: reproduce.TABLES[number]._replace(
         rows=[row for row in reproduce.TABLES[number].rows if row[1] in ("vision-only", "full")]) for number in (3, 5)})
     flags = ["--out", str(tmp_path / "out"), "--seeds", "0", "--epochs", "1", "--only", "3", "5", "--jobs", "1", "--",

@@ -1,6 +1,5 @@
-"""A run loses no work: killed, interrupted, out of disk, fed with infinities, or with a reader that dies."""
+"""A run loses no work: killed, interrupted, out of disk, or with a reader that dies."""
 import json
-import math
 import multiprocessing.forkserver
 import os
 import random
@@ -12,22 +11,17 @@ import sys
 import threading
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import peft                                                     # noqa: F401, once for all processes that `start` forks
 import pytest
 import torch
-from conftest import feature_batch
-from test_train import flags as run_flags
 from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM             # noqa: F401, the same
 
-import annotations
-import checkpoint
 import data
 import train
-from benchmark import Batches
-from train import vision_language_epoch, vision_only_epoch
+from support import checkpoint
+from support.annotations import InputError
 
 EPOCHS, VIDEOS = 8, 5
 
@@ -103,10 +97,10 @@ def finish(process) -> int:
 
 
 def state(out):
-    """All that a run leaves: tensors, position, and the log without its seconds."""
-    header, tensors = checkpoint.read_checkpoint(out / "checkpoint.safetensors")
+    """All that a run leaves: tensors, place in the run, and the log without its seconds."""
+    saved = checkpoint.read_checkpoint(out / "checkpoint.safetensors")
     rows = [{k: v for k, v in row.items() if k != "seconds"} for row in checkpoint.read_log(out / "log.jsonl")]
-    return tensors, {k: header[k] for k in ("epoch", "windows", "step", "terms")}, rows
+    return saved.tensors, saved.progress, rows
 
 
 def assert_same(out, other):
@@ -139,7 +133,7 @@ def test_ten_kills_change_nothing(flags, whole, tmp_path):
         time.sleep(rng.uniform(0, 0.02))
         process.kill()
         assert finish(process) == -signal.SIGKILL, printed.read_text()
-        steps.append(int(checkpoint.read_checkpoint(file)[0]["step"]) if file.exists() else -1)
+        steps.append(checkpoint.read_checkpoint(file).progress["step"] if file.exists() else -1)
     assert len(set(steps)) > 5 and any(step % VIDEOS for step in steps[1:]), steps
     assert finish(start([*flags, "--out", out, "--resume"], printed)) == 0, printed.read_text()
     assert_same(out, whole)
@@ -148,24 +142,24 @@ def test_ten_kills_change_nothing(flags, whole, tmp_path):
 
 def test_signals_end_after_the_step_and_nothing_is_read_twice(flags, whole, tmp_path, monkeypatch, capsys):
     stops, reads = {7: signal.SIGTERM, 21: signal.SIGINT}, []
-    update, read = train.Run.update, data.TALDataset.__getitem__
+    update, read = train.TrainingState.update, data.TALDataset.__getitem__
 
-    def stopped(run):
-        if run.global_step in stops:
-            os.kill(os.getpid(), stops.pop(run.global_step))
-        update(run)
+    def stopped(state):
+        if state.step in stops:
+            os.kill(os.getpid(), stops.pop(state.step))
+        update(state)
 
     def recorded(dataset, index):
         if dataset.training and dataset.epoch:                   # in epoch 0 the calibration reads, too
             reads.append((dataset.epoch, index))
         return read(dataset, index)
-    monkeypatch.setattr(train.Run, "update", stopped)
+    monkeypatch.setattr(train.TrainingState, "update", stopped)
     monkeypatch.setattr(data.TALDataset, "__getitem__", recorded)
     before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
     flags = [*flags, "--out", str(tmp_path)]
     assert train.main(flags) == 143
-    said = "train.py: stopped by SIGTERM in epoch 2/8 after 3 of its batches, 8 steps in all; --resume goes on from"
-    assert capsys.readouterr().err.splitlines()[-1].startswith(said)
+    assert capsys.readouterr().err.splitlines()[-1] == "train.py: stopped by SIGTERM; --resume goes on from here"
+    assert checkpoint.read_checkpoint(tmp_path / "checkpoint.safetensors").progress["step"] == 8       # the step was ended
     assert train.main([*flags, "--resume"]) == 130
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
     assert train.main([*flags, "--resume"]) == 0
@@ -173,37 +167,44 @@ def test_signals_end_after_the_step_and_nothing_is_read_twice(flags, whole, tmp_
     assert sorted(reads) == [(epoch, index) for epoch in range(1, EPOCHS) for index in range(VIDEOS)]
 
 
-@pytest.mark.parametrize("function, number", [("load_data", signal.SIGTERM), ("score_test_set", signal.SIGINT)])
-def test_a_signal_outside_of_training_ends_at_once(flags, whole, tmp_path, monkeypatch, capsys, function, number):
+@pytest.mark.parametrize("function", ["load_data", "detect"])
+def test_ctrl_c_outside_of_training_ends_at_once(flags, whole, tmp_path, monkeypatch, capsys, function):
     shutil.copytree(whole, tmp_path / "out")
-    monkeypatch.setattr(train, function, lambda *_: (os.kill(os.getpid(), number), time.sleep(60)))
-    assert train.main([*flags, "--out", str(tmp_path / "out"), "--resume"]) == 128 + number
+    monkeypatch.setattr(train, function, lambda *_: (os.kill(os.getpid(), signal.SIGINT), time.sleep(60)))
+    assert train.main([*flags, "--out", str(tmp_path / "out"), "--resume"]) == 130
     error = capsys.readouterr().err
-    assert f"stopped by {number.name}\n" in error and "Traceback" not in error
+    assert error.splitlines()[-1] == "train.py: stopped by SIGINT" and "Traceback" not in error
     assert_same(tmp_path / "out", whole)
 
 
 def test_a_second_signal_is_not_caught():
     before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(checkpoint.Stopped, match="SIGTERM") as stopped:
+        with checkpoint.StopSignals() as signals:
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert signals.received == signal.SIGTERM                            # and the block is finished
+            assert {signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)} == {signal.SIG_DFL}
+    assert signal.getsignal(signal.SIGTERM) == before and stopped.value.code == 143
+
+
+def test_a_signal_that_is_ignored_stays_ignored():
+    """A shell starts its background jobs without SIGINT."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     with checkpoint.StopSignals() as signals:
-        with pytest.raises(checkpoint.Stopped, match="SIGTERM"):
-            with signals.deferred():
-                os.kill(os.getpid(), signal.SIGTERM)
-                assert signals.received == signal.SIGTERM                        # and the block is finished
-                assert {signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)} == {signal.SIG_DFL}
-    assert signal.getsignal(signal.SIGTERM) == before
+        os.kill(os.getpid(), signal.SIGINT)
+        assert not signals.received and signal.getsignal(signal.SIGINT) == signal.SIG_IGN
 
 
 # ------------------------------------------------------------------------------------------------ files
 def fill_disk_at_step(step: int) -> None:
     """From this step on no file of more than 50 kB can be written."""
-    update = train.Run.update
+    update = train.TrainingState.update
 
-    def limited(run):
-        if run.global_step == step:
+    def limited(state):
+        if state.step == step:
             resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
-        update(run)
-    train.Run.update = limited
+        update(state)
+    train.TrainingState.update = limited
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(flags, whole, tmp_path):
@@ -212,31 +213,31 @@ def test_a_full_disk_leaves_the_last_checkpoint(flags, whole, tmp_path):
     said = printed.read_text()
     assert re.search(r"train.py: error: .*checkpoint.safetensors: could not be written: .*File too large", said)
     assert "Traceback" not in said and not list(out.glob("partial-*"))
-    assert checkpoint.read_checkpoint(out / "checkpoint.safetensors")[0]["step"] == "6"
+    assert checkpoint.read_checkpoint(out / "checkpoint.safetensors").progress["step"] == 6
     assert finish(start([*flags, "--out", out, "--resume"], printed)) == 0, printed.read_text()
     assert_same(out, whole)
 
 
 def test_what_cannot_be_written_whole_is_not_there(tmp_path):
     (tmp_path / "result.json").write_text("old")
-    with pytest.raises(annotations.InputError, match="result.json: could not be written: .*No space"):
+    with pytest.raises(InputError, match="result.json: could not be written: .*No space"):
         with checkpoint.written_whole(tmp_path / "result.json") as beside:
             beside.write_text("half")
             raise OSError(28, "No space left on device")
     assert (tmp_path / "result.json").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
-    with pytest.raises(annotations.InputError, match="/dev/full: could not be written: .*No space"):
-        checkpoint.append_row("/dev/full", {"epoch": 1})
+    checkpoint.write_log(tmp_path / "log.jsonl", [{"epoch": 1}, {"epoch": 2}])
+    assert (tmp_path / "log.jsonl").read_text() == '{"epoch": 1}\n{"epoch": 2}\n'
+    with pytest.raises(InputError, match="log.jsonl: could not be written: .*No such file"):
+        checkpoint.write_log(tmp_path / "nowhere/log.jsonl", [])
 
 
-def test_a_cut_line_of_the_log_and_rows_to_come_again_are_dropped(tmp_path):
-    path = tmp_path / "log.jsonl"
-    for epoch in (1, 2, 3):
-        checkpoint.append_row(path, {"epoch": epoch})
-    with open(path, "a") as file:
-        file.write('{"epoch": 4, "lo')
-    assert [row["epoch"] for row in checkpoint.read_log(path)] == [1, 2, 3]
-    checkpoint.trim_log(path, 2)
-    assert path.read_text() == '{"epoch": 1}\n{"epoch": 2}\n'
+def test_rows_of_epochs_that_come_again_are_dropped(flags, whole, tmp_path):
+    """A run killed after the row of an epoch and before its checkpoint."""
+    shutil.copytree(whole, tmp_path / "out")
+    log = tmp_path / "out/log.jsonl"
+    checkpoint.write_log(log, [*checkpoint.read_log(log), {"epoch": EPOCHS + 1}])
+    assert train.main([*flags, "--out", str(tmp_path / "out"), "--resume"]) == 0
+    assert_same(tmp_path / "out", whole)
 
 
 def test_a_run_killed_in_its_first_epoch_is_not_overwritten(flags, whole, tmp_path, capsys):
@@ -248,88 +249,20 @@ def test_a_run_killed_in_its_first_epoch_is_not_overwritten(flags, whole, tmp_pa
     assert said in capsys.readouterr().err
     assert (tmp_path / "checkpoint.safetensors").read_bytes() == before
     assert train.main([*flags, "--overwrite"]) == 0
-    assert checkpoint.read_checkpoint(tmp_path / "checkpoint.safetensors")[0]["step"] == "0"
-
-
-# ------------------------------------------------------------------------------------------------ non-finite steps
-def batches(*bad, value=math.nan):
-    """Six batches of named videos; those of the numbers `bad` have a row of `value`."""
-    made = [feature_batch([12, 8], seed=i) for i in range(6)]
-    for i, batch in enumerate(made):
-        batch.windows = [SimpleNamespace(video=SimpleNamespace(name=f"v{i}{x}"), segments=segments, labels=labels)
-                         for x, segments, labels in zip("ab", batch.segments, batch.labels)]
-    for i in bad:
-        made[i].inputs[1, 3] = value
-    return Batches(made)
-
-
-def everything(run) -> dict:
-    moments = run.optimizer.state
-    return checkpoint.model_state(run.model) | {f"ema.{n}": t for n, t in run.ema.items()} | {
-        f"{n}.{k}": t for n, p in run.model.named_parameters() for k, t in moments.get(p, {}).items()}
-
-
-@pytest.mark.parametrize("accumulate, bad, step", [(1, 2, 2), (2, 3, 1)])
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_step_that_is_not_finite_is_as_if_it_had_been_left_out(make_model, capsys, accumulate, bad, step, value):
-    args = run_flags("--skip-non-finite", "--accumulate", str(accumulate))
-    runs = [train.Run(make_model(), args, 6) for _ in range(2)]
-    update = runs[1].update
-
-    def left_out():
-        if runs[1].global_step % (6 // accumulate) != step:
-            return update()
-        for mean, before in zip(runs[1].running_means(), runs[1].before):
-            mean.copy_(before)
-        runs[1].optimizer.zero_grad()
-        runs[1].global_step, runs[1].pending = runs[1].global_step + 1, []
-    runs[1].update = left_out
-    for epoch in (vision_only_epoch, vision_language_epoch):
-        rows = []
-        for run, loader in zip(runs, (batches(bad, value=value), batches())):
-            torch.manual_seed(3)
-            rows.append(epoch(run, loader))
-        assert {**rows[0], "seconds": 0} == {**rows[1], "seconds": 0}            # nor does its loss count in the log
-    first, second = map(everything, runs)
-    assert set(first) == set(second) and runs[0].global_step == runs[1].global_step
-    for name in first:
-        assert torch.equal(first[name], second[name]) and first[name].isfinite().all(), name
-    assert re.findall(r"skipped step \d+: .*; videos: (.*)", capsys.readouterr().out) == [f"v{bad}a, v{bad}b"] * 2
-
-
-def test_without_the_flag_it_stops_and_the_checkpoint_is_clean(make_model, tmp_path):
-    run = train.Run(make_model(), run_flags(), 6)
-    run.out = tmp_path
-    with pytest.raises(train.InputError, match="step 3: .*found loss nan, loss_cls nan.*; videos: v2a, v2b; .*--res"):
-        vision_only_epoch(run, batches(2))
-    header, tensors = checkpoint.read_checkpoint(tmp_path / "checkpoint.safetensors")
-    assert all(t.isfinite().all() for t in tensors.values()) and tensors["progress.terms"].shape == (2, 3)
-    assert (header["epoch"], header["windows"], header["step"]) == ("0", "3", "3")
-    again = train.Run(make_model(), run_flags(), 6)
-    train.load_checkpoint(tmp_path / "checkpoint.safetensors", again)
-    assert again.batches_done == 3 and math.isfinite(vision_only_epoch(again, Batches(batches()[3:]))["loss"])
-
-
-def test_a_gradient_that_is_not_finite_counts_too(make_model, capsys):
-    run = train.Run(make_model(), run_flags("--skip-non-finite"), 6)
-    run.model.project.weight.register_hook(lambda grad: grad * (math.inf if run.global_step == 1 else 1))
-    assert math.isfinite(vision_only_epoch(run, batches())["loss"]) and run.global_step == 6
-    assert all(t.isfinite().all() for t in everything(run).values())
-    said = r"skipped step 2: .*found loss \d.*norm of the gradient (inf|nan); videos: v1a"
-    assert re.search(said, capsys.readouterr().out)
+    assert checkpoint.read_checkpoint(tmp_path / "checkpoint.safetensors").progress["step"] == 0
 
 
 # ------------------------------------------------------------------------------------------------ memory, workers, bits
 def print_memory(epochs: list) -> None:
     """Print the resident bytes after these epochs. Nothing waits for the disk: other tests are about that."""
-    os.fsync, log_epoch = lambda _: None, train.log_epoch
+    os.fsync, log_epoch = lambda _: None, train.summary.log_epoch
 
-    def logged(out, run, *rest):
-        if run.epoch in epochs:
+    def logged(path, state, *rest):
+        if state.epoch in epochs:
             pages = int(Path("/proc/self/statm").read_text().split()[1])
             print("resident", pages * resource.getpagesize())
-        log_epoch(out, run, *rest)
-    train.log_epoch = logged
+        log_epoch(path, state, *rest)
+    train.summary.log_epoch = logged
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="/proc says how much memory a process has")
@@ -343,18 +276,18 @@ def test_memory_stays_flat(flags, tmp_path, epochs, more):
 
 
 def test_workers_see_the_epoch_and_the_position_and_give_the_same(flags, make_model):
-    training, read = train.load_data(train.get_args(flags))[0], []
+    read, model = [], make_model()
     for workers in ("0", "2"):
-        run = train.Run(make_model(), run_flags("--workers", workers, "--batch-size", "2"), 3)
-        loader = train.make_loader(run, training)
-        for run.epoch, run.batches_done in ((0, 0), (1, 1)):
-            read.append([(w.start, w.length) for batch in run.batches(loader, "") for w in batch.windows])
+        args = train.get_args([*flags, "--workers", workers, "--batch-size", "2"])
+        training, state = train.load_data(args)[0], train.TrainingState(model, args, 3)
+        for state.epoch, state.batches_done in ((0, 0), (1, 1)):
+            read.append([(w.video.name, w.start, w.length) for batch in state.batches(training) for w in batch.windows])
     assert read[:2] == read[2:] and [len(windows) for windows in read[:2]] == [VIDEOS, VIDEOS - 2]
     assert set(read[0]) != set(read[1])
 
 
 @pytest.mark.parametrize("video, resumed", [("v3", False), (f"v{VIDEOS}", True)])
-def test_a_worker_that_dies_is_reported_with_its_video(flags, whole, tmp_path, monkeypatch, capsys, video, resumed):
+def test_a_worker_that_dies_is_reported(flags, whole, tmp_path, monkeypatch, capsys, video, resumed):
     read = data.TALDataset.read_rows
 
     def deadly(dataset, of, *rest):
@@ -366,15 +299,5 @@ def test_a_worker_that_dies_is_reported_with_its_video(flags, whole, tmp_path, m
         shutil.copytree(whole, tmp_path / "out")
     assert train.main([*flags, "--out", str(tmp_path / "out"), "--workers", "2", *["--resume"] * resumed]) == 2
     error = capsys.readouterr().err
-    assert re.search(rf"train.py: error: --workers: a process .*reading video {video}: look", error)
+    assert re.search(r"train.py: error: --workers: DataLoader worker .*memory", error)
     assert "Traceback" not in error
-
-
-def test_deterministic_runs_are_equal(flags, tmp_path):
-    try:
-        for out in ("a", "b"):
-            assert train.main([*flags, "--deterministic", "--epochs", "2", "--out", str(tmp_path / out)]) == 0
-            assert torch.are_deterministic_algorithms_enabled() and os.environ["CUBLAS_WORKSPACE_CONFIG"]
-    finally:
-        train.be_deterministic(False)
-    assert_same(tmp_path / "a", tmp_path / "b")

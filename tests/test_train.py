@@ -1,5 +1,4 @@
 """Algorithm 1 and §3.6: the order of events, Eq. 9, the optimizer, checkpoints that resume."""
-import json
 import math
 from types import SimpleNamespace
 
@@ -44,7 +43,7 @@ def windows(tmp_path):
     rng, videos = np.random.default_rng(0), []
     for n in range(5):
         np.save(tmp_path / f"{n}.npy", rng.normal(size=(14, 8)).astype(np.float32))
-        videos.append(Video(f"{n}", 14.0, 1.0, np.array([[2.0, 6.0 + n]]), ["Run"], tmp_path / f"{n}.npy"))
+        videos.append(Video(f"{n}", 14.0, 1.0, "training", np.array([[2.0, 6.0 + n]]), ["Run"], tmp_path / f"{n}.npy"))
     return TALDataset(videos, CLASSES, window=12, training=True)
 
 
@@ -256,7 +255,7 @@ def test_accumulated_batches_make_one_step_of_their_mean_gradient(make_state, lo
     for batches in (loader[:1], loader[1:], loader):
         state = make_state("--accumulate", str(len(batches)), "--clip", "1e9")
         state.batches_per_epoch = 3
-        state.optimizer.step = lambda: gradients.append([p.grad.clone() for _, p in checkpoint.trained_parameters(state.model)])
+        state.optimizer.step = lambda: gradients.append([p.grad.clone() for p in state.model.parameters() if p.grad is not None])
         state.model.eval()                                             # no drop path, M starts the same
         for n, batch in enumerate(batches):
             state.model.head.loss_normalizer.fill_(100)
@@ -264,7 +263,7 @@ def test_accumulated_batches_make_one_step_of_their_mean_gradient(make_state, lo
             assert len(gradients) < 3 and state.batches_done == n
             state.backpropagate(total, batch)
         assert state.step == 1
-    for a, b, together in zip(*gradients):
+    for a, b, together in zip(*gradients, strict=True):
         torch.testing.assert_close(together, (a + b) / 2)
     state.backpropagate(total.detach().requires_grad_(), batch)        # the third and last batch of the epoch
     assert state.step == 2
@@ -303,7 +302,7 @@ class StopAt:
         return 15 if self.asked >= self.step else 0
 
 
-@pytest.mark.parametrize("stop_at", range(1, 12))
+@pytest.mark.parametrize("stop_at", [1, 3, 5, 6, 10])             # steps 3 and 6 are the last of their epochs
 def test_a_run_resumed_within_an_epoch_ends_with_the_same_bits(make_model, windows, tmp_path, stop_at):
     """4 epochs of 3 steps: the same weights, average, class means and log."""
     args, results = ["--batch-size", "2", "--save-every", "0"], []
@@ -374,7 +373,7 @@ def test_a_gradient_that_is_not_finite_stops_too(make_state, loader, accumulate)
     state = make_state("--accumulate", str(accumulate))
     before = snapshot(state.model)
     state.model.project.bias.register_hook(lambda gradient: gradient * math.inf)
-    with pytest.raises(InputError, match="step 1: expected a finite loss and gradient, found loss \\d.*videos clip 0, clip 1"):
+    with pytest.raises(InputError, match="step 1: expected a finite loss and gradient, found loss \\d.*norm (inf|nan).*videos clip 0, clip 1"):
         vision_only_epoch(state.model, loader, state.backpropagate)
     assert state.step == 0 and state.batches_done == accumulate and changed_since(before, state.model) == set()
 
@@ -407,6 +406,6 @@ def test_flags_that_cannot_work_end_with_a_message(argv, message, capsys):
 
 
 def test_presets_set_existing_flags_only():
-    known = vars(train.get_args(["--dataset", "demo"]))
+    known = vars(flags())                                              # of "custom", a preset without values
     for name, preset in [*PRESETS.items(), *FEATURE_PRESETS.items()]:
         assert set(preset) <= set(known), name

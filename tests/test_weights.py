@@ -493,7 +493,7 @@ def test_folders_without_weights_or_of_an_unknown_model(tmp_path):
         encoder.load(tmp_path)
     for content in ({"model_type": "dinov2"}, {"model_type": "internvl", "vision_config": {"model_type": "dinov2"}}):
         (tmp_path / "config.json").write_text(json.dumps(content))
-        with pytest.raises(InputError, match="videomae, internvl_vision, intern_vit_6b.*found dinov2"):
+        with pytest.raises(InputError, match="videomae, internvl_vision, intern_vit_6b.*found 'dinov2'"):
             weights.vision_config(tmp_path, 42)
 
 
