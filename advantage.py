@@ -8,7 +8,6 @@ Dimensions: B batch, L frames of a window, D feature width, C classes, N segment
 import torch
 from torch import nn
 
-
 class ClassMeans(nn.Module):
     """Mean vision-only loss of each class (Algorithm 1, lines 2 and 5); index C is background.
 
@@ -45,7 +44,6 @@ class ClassMeans(nn.Module):
         mean = self.total / self.count.clamp(min=1)
         return torch.where(self.count > 0, mean, self.previous)
 
-
 def language_advantage(class_mean, loss_vl, frame_class):
     """Eq. 1: A_lang^(l) = mean vision-only loss of frame l's class - its loss with language.
 
@@ -56,7 +54,6 @@ def language_advantage(class_mean, loss_vl, frame_class):
     (head.py:points_to_frames).
     """
     return (class_mean[frame_class] - loss_vl).detach()                                   # Eq. 1
-
 
 class AdvantagePredictor(nn.Module):
     """Eq. 2: FC. It starts at zero: no advantage is expected, lambda is 0, language is silent."""
@@ -71,7 +68,6 @@ class AdvantagePredictor(nn.Module):
         """f_adv: (B, L, D), hidden states of [adv] -> predicted advantage (B, L)."""
         return self.fc(f_adv).squeeze(-1)                                                 # Eq. 2
 
-
 def advantage_loss(predicted, target, mask):
     """Eq. 3: the mean squared error over real frames; 0 if there is none.
 
@@ -79,7 +75,6 @@ def advantage_loss(predicted, target, mask):
     """
     squared = (predicted - target) ** 2 * mask
     return squared.sum() / mask.sum().clamp(min=1)                                        # Eq. 3
-
 
 def frame_classes(segments, labels, length, num_classes):
     """(B, L) class of each frame: that of the shortest segment that contains it.

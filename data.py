@@ -31,7 +31,6 @@ from vlm import proposal_text
 
 RESIZE = 182 / 160      # short side of a training frame before the random crop, in crop sides
 
-
 @dataclass
 class Window:
     """L' <= L consecutive steps of a video, from step `start`."""
@@ -41,7 +40,6 @@ class Window:
     inputs: Tensor      # (k L', 3, H, W) uint8, k frames a step, or (L', V) features
     segments: Tensor    # (N, 2) grid units, relative to `start`
     labels: Tensor      # (N,) class indices
-
 
 @dataclass
 class Batch:
@@ -65,7 +63,6 @@ class Batch:
             labels=[labels.to(device) for labels in self.labels],
             frame_class=self.frame_class.to(device),
         )
-
 
 def collate(windows, multiple, classes):
     """Pad windows to the longest, rounded up to `multiple`. classes: C names in class order."""
@@ -91,7 +88,6 @@ def collate(windows, multiple, classes):
         names=[w.video.name for w in windows],
         windows=[replace(w, inputs=None) for w in windows],
     )
-
 
 @dataclass(eq=False)
 class TALDataset(Dataset):
@@ -154,7 +150,8 @@ class TALDataset(Dataset):
         else:
             inputs = self.read_rows(video, start, length)
         segments = torch.tensor(segments, dtype=torch.float32).reshape(-1, 2)
-        return Window(video, start, length, inputs, segments, torch.tensor(labels).long())
+        labels = torch.tensor(labels).long()
+        return Window(video, start, length, inputs, segments, labels)
 
     def read_rows(self, video, start, length):
         """(length, V) float32 rows of the feature file; all, interpolated, with resize_to."""
@@ -185,16 +182,13 @@ class TALDataset(Dataset):
         frames = torch.from_numpy(frames).permute(0, 3, 1, 2)
         return augment(frames, size, rng) if self.training else centre_crop(frames, size)
 
-
 def seconds_to_grid(seconds, fps, stride, num_frames):
     """Seconds -> grid units, any shape."""
     return seconds * fps / stride - 0.5 * num_frames / stride
 
-
 def grid_to_seconds(grid, fps, stride, num_frames):
     """Grid units -> seconds, the inverse of `seconds_to_grid`."""
     return (grid * stride + 0.5 * num_frames) / fps
-
 
 def window_starts(T, L, overlap):
     """First steps of the sliding windows over T steps; the last window ends at the last step."""
@@ -202,7 +196,6 @@ def window_starts(T, L, overlap):
         return [0]
     hop = max(1, round(L * (1 - overlap)))
     return [*range(0, T - L, hop), T - L]
-
 
 def truncate_segments(segments, start, length, beyond, min_overlap):
     """Segments (N, 2) of the video -> those of the window [start, start + length).
@@ -216,7 +209,6 @@ def truncate_segments(segments, start, length, beyond, min_overlap):
     enough = inside >= min_overlap * (segments[:, 1] - segments[:, 0])
     kept = np.flatnonzero((inside > 0) & enough)
     return cut[kept] - start, kept
-
 
 def random_window(T, L, segments, min_overlap, beyond, rng, crop=(0.9, 1.0), tries=200):
     """(start, length) of a training window: L steps of a long video, 90-100 % of a short one.
@@ -232,14 +224,14 @@ def random_window(T, L, segments, min_overlap, beyond, rng, crop=(0.9, 1.0), tri
             break
     return start, length
 
-
 def augment(frames, size, rng):
     """Random resized crop, flip, brightness, contrast and colour; one draw for the whole window.
 
     frames: (T, 3, h, w) uint8 -> (T, 3, size, size) uint8.
     """
     h, w = frames.shape[-2:]
-    side = int(rng.integers(min(size, h, w), min(h, w) + 1))         # never enlarged
+    short = min(h, w)
+    side = int(rng.integers(min(size, short), short + 1))            # never enlarged
     y = rng.integers(0, h - side + 1)
     x = rng.integers(0, w - side + 1)
     frames = frames[..., y:y + side, x:x + side]
@@ -247,11 +239,11 @@ def augment(frames, size, rng):
     if rng.random() < 0.5:
         frames = frames.flip(-1)
     gain = rng.uniform(0.8, 1.2) * rng.uniform(0.9, 1.1, 3)          # contrast * colour
-    value = (np.arange(256) - 128) * gain[:, None] + 128 + rng.uniform(-25, 25)
+    grey = 128 + rng.uniform(-25, 25)                                # brightness
+    value = (np.arange(256) - 128) * gain[:, None] + grey
     table = value.clip(0, 255).astype(np.uint8)                      # (3, 256), new value of each
     channels = [table[c].take(frames[:, c].numpy()) for c in range(3)]
     return torch.from_numpy(np.stack(channels, 1))
-
 
 def centre_crop(frames, size):
     """(T, 3, h, w) with short side `size` -> (T, 3, size, size)."""
@@ -260,12 +252,11 @@ def centre_crop(frames, size):
     x = (w - size) // 2
     return frames[..., y:y + size, x:x + size].contiguous()
 
-
 def batch_loader(dataset, multiple, workers, **order):
     """Batches read by `workers` processes (0: by this one). order: batch_size or batch_sampler.
 
-    Workers start anew with every pass, so they see the dataset's epoch. A generator of its own keeps
-    the loader from drawing one of torch's random numbers.
+    Workers start anew with every pass, so they see the dataset's epoch. The loader's own generator
+    keeps it from drawing one of torch's random numbers.
     """
     return DataLoader(
         dataset,
@@ -276,7 +267,6 @@ def batch_loader(dataset, multiple, workers, **order):
         **order,
     )
 
-
 def make_dataset(videos, classes, args, feature_dim, training=False):
     """A TALDataset by train.py's flags, of video files (feature_dim 0) or of features."""
     same = ("window", "stride", "num_frames", "min_overlap", "seed", "frames_per_step", "resize_to")
@@ -284,7 +274,6 @@ def make_dataset(videos, classes, args, feature_dim, training=False):
     image_size = args.image_size if args.videos else 0
     return TALDataset(videos, classes, training=training, image_size=image_size,
                       feature_dim=feature_dim, **options)
-
 
 def load_data(args, feature_dim=0):
     """(training set, test set, descriptions) from train.py's flags.

@@ -27,13 +27,11 @@ from support.sources import single_video
 
 SAME_SEGMENT = 1e-3         # seconds; THUMOS14 and ActivityNet hold copies of segments
 
-
 class Detections(NamedTuple):
     """What `detect` finds, by the name of the video; times in seconds."""
     predictions: dict       # {video: {"segments": (M, 2), "labels": [str], "scores": (M,)}}
     lambda_lang: dict       # {video: (steps,) weight of language}, empty without language
     advantage: dict         # {video: (steps,) predicted advantage}, empty without language
-
 
 @torch.no_grad()
 def detect(model, dataset, args):
@@ -66,10 +64,10 @@ def detect(model, dataset, args):
                 series[name][0, here] = output.lambda_lang[b, :window.length]
                 series[name][1, here] = output.advantage[b, :window.length]
     model.eval()                                                    # forgets the prompt
+    predictions = merge_windows(found, dataset, classes, args)
     lambda_lang = {name: values[0].numpy() for name, values in series.items()}
     advantage = {name: values[1].numpy() for name, values in series.items()}
-    return Detections(merge_windows(found, dataset, classes, args), lambda_lang, advantage)
-
+    return Detections(predictions, lambda_lang, advantage)
 
 def merge_windows(found, dataset, classes, args):
     """{video: [(segments, scores, labels) of a window]} -> predictions in seconds, after soft-NMS.
@@ -95,7 +93,6 @@ def merge_windows(found, dataset, classes, args):
         }
     return predictions
 
-
 def nms_per_class(segments, scores, labels, sigma=0.5, voting=0.0, max_per_class=0,
                   max_per_video=200, **options):
     """Soft-NMS within each class -> segments (M, 2), scores (M,), labels (M,), best score first.
@@ -115,7 +112,6 @@ def nms_per_class(segments, scores, labels, sigma=0.5, voting=0.0, max_per_class
         segments, scores, labels = (torch.cat(part) for part in zip(*found))
     best = scores.argsort(descending=True, stable=True)[:max_per_video or None]
     return segments[best], scores[best], labels[best]
-
 
 # ------------------------------------------------------------------------------------ the metric
 def mean_average_precision(ground_truth, predictions, thresholds):
@@ -144,7 +140,6 @@ def mean_average_precision(ground_truth, predictions, thresholds):
         AP[:, c] = average_precision(correct, num_gt)
     mAP = AP.mean(axis=1) if classes else np.zeros(len(thresholds))
     return {"mAP": mAP, "average": float(mAP.mean()), "AP": AP, "classes": classes}
-
 
 def match(detections, truth, thresholds):
     """Which detections of one class are right, in order of score: (T, M) bool.
@@ -176,7 +171,6 @@ def match(detections, truth, thresholds):
                         break
     return correct
 
-
 def average_precision(correct, num_gt):
     """Interpolated average precision of one class, (T,) in [0, 1].
 
@@ -187,9 +181,9 @@ def average_precision(correct, num_gt):
     """
     served = np.arange(1, correct.shape[1] + 1)
     precision = correct.cumsum(axis=1) / served                                  # (T, M)
-    interpolated = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
-    return (interpolated * correct).sum(axis=1) / num_gt
-
+    highest = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
+    area = (highest * correct).sum(axis=1)
+    return area / num_gt
 
 def temporal_iou(a, b):
     """IoU of every segment of a (N, 2) with every one of b (M, 2), in one unit: (N, M) in [0, 1].
@@ -204,15 +198,14 @@ def temporal_iou(a, b):
     union = a.diff()[..., 0] + b.diff()[..., 0] - inter
     return torch.where(inter > 0, inter / union, 0)
 
-
 def without_copies(rows):
     """Rows [start, end, ...] of one class and video -> (N, 2), less copies of earlier ones."""
     kept = np.zeros((0, 2))
     for row in np.array(rows)[:, :2]:
-        if not (np.abs(kept - row) <= SAME_SEGMENT).all(1).any():
+        same = np.abs(kept - row) <= SAME_SEGMENT
+        if not same.all(1).any():
             kept = np.vstack([kept, row])
     return kept
-
 
 # ------------------------------------------------------------------------------------ commands
 def main(argv=None):
@@ -225,7 +218,6 @@ def main(argv=None):
         command = find_in_video
     return commands.run_command("evaluate.py", command, args)
 
-
 def open_checkpoint(args):
     """(model on the device, flags of its training, folder for the output of this command)."""
     path = Path(args.checkpoint)
@@ -234,16 +226,15 @@ def open_checkpoint(args):
     saved = checkpoint.read_checkpoint(path, args.lm)
     try:
         model = ActionVLM(Config(**saved.config))
-    except InputError as error:
-        raise InputError(f"{path}: needs the language model of its training: {error}; say where it "
-                         f"is by --lm") from error
+    except (InputError, TypeError) as error:
+        raise InputError(f"{path}: expected a checkpoint of this version, and the language model "
+                         f"of its training where --lm says; found: {error}") from error
     if saved.args.ablation or saved.args.lambda_lang not in ("learned", 0.0):
         importlib.import_module("experiments.ablations").ablate(model, saved.args)
     checkpoint.restore_average(model, path, saved)
     out = Path(args.out or path.parent)
     out.mkdir(parents=True, exist_ok=True)
     return model.to(args.device), saved.args, out
-
 
 def score_checkpoint(args):
     """Prints the table of a checkpoint on the test set of its training."""
@@ -254,7 +245,6 @@ def score_checkpoint(args):
     result = score(out / "result.json", test_set, predictions, tiou)
     results.write_figures(args.json, train_args.test_subset, tiou, result)
 
-
 def score(path, test_set, predictions, tiou):
     """Write predictions as a result file, print their table -> `mean_average_precision`."""
     ground_truth = results.to_ground_truth(test_set.videos)
@@ -262,7 +252,6 @@ def score(path, test_set, predictions, tiou):
     results.write_result(path, predictions)
     print(results.format_table(result, tiou))
     return result
-
 
 def score_files(args):
     """Prints the table of one result file."""
@@ -277,7 +266,6 @@ def score_files(args):
           f"AP in percent at each tIoU\n")
     print(results.format_table(result, tiou))
     results.write_figures(args.json, args.subset, tiou, result)
-
 
 def find_in_video(args):
     """Prints the actions found in one video, best first, and draws them to NAME.png."""
@@ -294,7 +282,6 @@ def find_in_video(args):
     picture = out / f"{video.name}.png"
     figures.one_video(picture, video, detections, model.config.descriptions, args.min_score)
     print(f"wrote {picture}")
-
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from support.arithmetic import attend, channels_last_conv, max_pool, zero_padding
 
-
 @dataclass
 class Output:
     """All that the model predicts for a batch. The last three are None without language."""
@@ -40,7 +39,6 @@ class Output:
             offsets=[level[b] for level in self.offsets],
             mask=[level[b] for level in self.mask],
         )
-
 
 class DetectionHead(nn.Module):
     """M_dh: two feature streams -> class logits and boundary offsets on a pyramid.
@@ -89,7 +87,6 @@ class DetectionHead(nn.Module):
         M = self.loss_normalizer
         M.lerp_(num_positive.clamp(min=1).to(M.dtype), 0.1)
 
-
 class TemporalPyramid(nn.Module):
     """f (B, L, D), mask (B, L) -> features S x (B, L_s, W), 0 on padding; masks S x (B, L_s).
 
@@ -126,7 +123,6 @@ class TemporalPyramid(nn.Module):
             levels.append(zero_padding(norm(x), m))
         return levels, masks
 
-
 class Block(nn.Module):
     """Pre-norm transformer block: (B, L, W) -> (B, L / stride, W)."""
 
@@ -156,7 +152,6 @@ class Block(nn.Module):
         kept = torch.rand(batch, 1, 1, device=scale.device) < keep
         return scale * kept / keep
 
-
 class Attention(nn.Module):
     """Multi-head self-attention; q, k, v each pass a depthwise convolution first."""
 
@@ -176,7 +171,6 @@ class Attention(nn.Module):
         mask = mask[:, ::self.stride]
         return self.out(attend(q, k, v, mask, self.num_heads, self.window))
 
-
 class ConvHead(nn.Module):
     """Three convolutions, shared by all levels: (B, L_s, W) -> (B, L_s, out_dim), 0 on padding."""
 
@@ -193,7 +187,6 @@ class ConvHead(nn.Module):
             x = zero_padding(F.relu(norm(conv(x))), mask)
         return zero_padding(self.out(x), mask)
 
-
 class Conv(nn.Conv1d):
     """Conv1d with kernel 3 on (B, L, C) instead of torch's (B, C, L)."""
 
@@ -205,10 +198,8 @@ class Conv(nn.Conv1d):
             return channels_last_conv(x, self)                         # the same, and faster
         return super().forward(x.mT).mT
 
-
 def layer_norms(count, width):
     return nn.ModuleList([nn.LayerNorm(width) for _ in range(count)])
-
 
 @dataclass
 class DetectionLoss:
@@ -216,7 +207,6 @@ class DetectionLoss:
     cls: Tensor           # () its first term: focal loss / M
     loc: Tensor           # () its second term before lambda_loc: DIoU loss of positive points / M
     per_frame: Tensor     # (B, L) not divided by M, without gradient, 0 on padding (for Eq. 1)
-
 
 def detection_loss(output, batch, head):
     """Eq. 6: L_dh = 1/M * sum over points of (L_cls + lambda_loc * 1[positive] * L_loc).
@@ -249,7 +239,6 @@ def detection_loss(output, batch, head):
     per_point = focal + head.lambda_loc * diou
     return DetectionLoss(total, loss_cls, loss_loc, points_to_frames(per_point, output.mask))
 
-
 @torch.no_grad()
 def points_to_frames(point_loss, masks):
     """(B, P) -> (B, L): frame l gets the sum over levels of the point l // stride; 0 on padding."""
@@ -258,7 +247,6 @@ def points_to_frames(point_loss, masks):
     for level in point_loss.split([m.size(1) for m in masks], dim=1):
         per_frame = per_frame + repeat(level, "b l -> b (l r)", r=L // level.size(1))
     return per_frame.masked_fill(~masks[0], 0)
-
 
 def sigmoid_focal_loss(logits, targets, alpha=0.25, gamma=2.0):
     """Focal loss (Lin et al. 2017), elementwise: alpha_t (1 - p_t)^gamma * cross-entropy.
@@ -272,7 +260,6 @@ def sigmoid_focal_loss(logits, targets, alpha=0.25, gamma=2.0):
     if alpha < 0:
         return loss
     return loss * (alpha * targets + (1 - alpha) * (1 - targets))
-
 
 def diou_loss(pred_offsets, target_offsets, eps=1e-8):
     """DIoU loss of intervals around one point: 1 - IoU + (centre distance / enclosing length)^2.
@@ -289,7 +276,6 @@ def diou_loss(pred_offsets, target_offsets, eps=1e-8):
     shift = 0.5 * (right - left)                                             # of the centres
     loss = 1 - inter / union + (shift / union) ** 2
     return loss.masked_fill(degenerate, 1)
-
 
 def assign_targets(points, segments, labels, num_classes, radius=1.5):
     """Which ground truth each point has to find -> cls (P, C) in {0, 1}, offsets (P, 2) in strides.
@@ -321,7 +307,6 @@ def assign_targets(points, segments, labels, num_classes, radius=1.5):
     offsets = torch.stack([left, right], 1) / stride
     return cls, offsets.masked_fill(~claims.any(1, keepdim=True), 0)
 
-
 def pyramid_points(length, strides, ranges, device=None):
     """The points of all levels: S x (length / stride, 4), rows [t, range_lo, range_hi, stride]."""
     points = []
@@ -331,12 +316,10 @@ def pyramid_points(length, strides, ranges, device=None):
         points.append(torch.stack(columns, 1))
     return points
 
-
 def default_ranges(levels):
     """[0, 4] [4, 8] [8, 16] .. doubling, the last one open up to 1e4 (grid units)."""
     edges = [0.0] + [4.0 * 2 ** s for s in range(levels - 1)] + [1e4]
     return [[low, high] for low, high in zip(edges, edges[1:])]
-
 
 def decode(output, min_score=0.001, top_k=2000, external_scores=None, min_length=0.05):
     """One clip (`Output.clip`) -> detections before NMS: segments (N, 2), scores (N,), labels (N,).
@@ -364,7 +347,6 @@ def decode(output, min_score=0.001, top_k=2000, external_scores=None, min_length
         long = left + right > min_length
         found.append((segment[long], score[long], label[long]))
     return tuple(torch.cat(part) for part in zip(*found))
-
 
 def soft_nms(segments, scores, iou_threshold=0.1, sigma=0.5, min_score=0.001, method="gaussian",
              limit=0):
@@ -402,7 +384,6 @@ def soft_nms(segments, scores, iou_threshold=0.1, sigma=0.5, min_score=0.001, me
             start, end, score, index = start[left], end[left], score[left], index[left]
     picks = torch.tensor(np.array(picks, np.int64), device=segments.device)
     return segments[picks], torch.tensor(np.array(decayed, np.float32)).to(scores), picks
-
 
 def vote_segments(kept, segments, scores, threshold):
     """Segment voting: a kept segment becomes the mean of its neighbours, weighted by score * tIoU.

@@ -23,7 +23,6 @@ from vlm import LanguageModel
 
 IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)     # VideoMAE and InternViT
 
-
 @dataclass
 class Config:
     """All that builds the model; a checkpoint holds it."""
@@ -49,7 +48,6 @@ class Config:
     @property
     def classes(self):
         return list(self.descriptions)
-
 
 class ActionVLM(nn.Module):
     """The method: F_vis -> F_lang -> (F_cls, F_loc) -> proposals."""
@@ -107,11 +105,13 @@ class ActionVLM(nn.Module):
         Encoder features share a large constant offset. LayerNorm would keep it, and flatten the
         rest.
         """
-        x = torch.cat([self.features(batch)[batch.mask] for batch in batches]).double()  # (n, V)
+        rows = [self.features(batch)[batch.mask] for batch in batches]
+        x = torch.cat(rows).double()                                                     # (n, V)
         smallest = 1e-6 * float(x.abs().max()) + 1e-12
         scale = 1 / x.std(0, correction=0).clamp(min=smallest)
-        self.project.weight.mul_(scale)
-        self.project.bias.copy_(-self.project.weight.double() @ x.mean(0))
+        weight = self.project.weight
+        weight.mul_(scale)
+        self.project.bias.copy_(-weight.double() @ x.mean(0))
 
     @property
     def multiple(self):
@@ -137,7 +137,6 @@ class ActionVLM(nn.Module):
             if isinstance(module, GradientCheckpointingLayer):
                 module.compile(dynamic=True, **options)
 
-
 def language_weight(advantage):
     """Eq. 4: lambda_lang = 2 sigmoid(ReLU(A)) - 1, (B, L) -> (B, L) in [0, 1).
 
@@ -146,16 +145,13 @@ def language_weight(advantage):
     """
     return 2 * torch.sigmoid(advantage.clamp(min=0)) - 1                        # Eq. 4
 
-
 def aggregate(f_vis, f_lang, weight):
     """Eq. 5: language as a weighted residual. f_vis, f_lang (B, L, D), weight (B, L)."""
     return f_vis + weight[..., None] * f_lang                                   # Eq. 5
 
-
 def normalise(f):
     """LayerNorm without parameters on both streams: lambda weighs like against like."""
     return F.layer_norm(f, f.shape[-1:])
-
 
 class VisionEncoder(nn.Module):
     """E_vis: one feature per frame, the mean over the patches, without a norm over them.

@@ -30,7 +30,6 @@ from support.language_models import language_config, make_tiny_lm
 from support.weights import TINY_VISION, vision_config
 from vlm import instruction, proposal_text
 
-
 def vision_only_epoch(model, batches, backpropagate, resumed=False):
     """Algorithm 1, lines 1-8: train without language, and note the mean loss of every class."""
     model.train()
@@ -43,7 +42,6 @@ def vision_only_epoch(model, batches, backpropagate, resumed=False):
             loss.per_frame, batch.frame_class, batch.mask)
         backpropagate(loss.total, batch,                                  # line 6
                       loss_cls=loss.cls, loss_loc=loss.loc)
-
 
 def vision_language_epoch(model, batches, backpropagate, lambda_tg=0.1, lambda_adv=0.1):
     """Algorithm 1, lines 9-18: train with language, weighted by the advantage [adv] predicts."""
@@ -60,7 +58,6 @@ def vision_language_epoch(model, batches, backpropagate, lambda_tg=0.1, lambda_a
         total = loss.total + lambda_adv * loss_adv + lambda_tg * loss_tg  # line 16: Eq. 9
         backpropagate(total, batch, loss_cls=loss.cls, loss_loc=loss.loc, loss_tg=loss_tg,
                       loss_adv=loss_adv, lambda_lang=output.lambda_lang, advantage=advantage)
-
 
 def train(model, training_set, args, out=None, signals=None):
     """Both kinds of epoch in turn ("alternating-epoch estimation"), a checkpoint after each."""
@@ -82,7 +79,6 @@ def train(model, training_set, args, out=None, signals=None):
                                   args.lambda_tg, args.lambda_adv)
             state.end_epoch("vision-language")
     return state
-
 
 class TrainingState:
     """All that a checkpoint holds: model, optimizer, weight average, place in the run, log sums."""
@@ -117,7 +113,9 @@ class TrainingState:
         processes.average(self.model.head.loss_normalizer)               # M of Eq. 6
         values = {}
         for name, term in {"loss": total, **terms}.items():
-            values[name] = (term[batch.mask].mean() if term.ndim else term).item()
+            if term.ndim:
+                term = term[batch.mask].mean()
+            values[name] = term.item()
             self.sums[name] = self.sums.get(name, 0.0) + values[name]
         self.batches_done += 1
         last = self.batches_done == self.batches_per_epoch
@@ -168,7 +166,6 @@ class TrainingState:
         if self.out is not None and processes.rank() == 0:
             checkpoint.save_checkpoint(self.out / "checkpoint.safetensors", self)
 
-
 def parameter_groups(model, args):
     """AdamW groups: head, vision, lm (LoRA), each with its rate; decay on matrices of weights."""
     decayed = set()
@@ -188,14 +185,13 @@ def parameter_groups(model, args):
     return [dict(params=parameters, name=part, base_lr=rates[part], weight_decay=decay)
             for (part, decay), parameters in groups.items()]
 
-
 def lr_factor(step, steps_per_epoch, epochs, warmup_epochs):
     """Linear warm-up, then cosine to zero, per step; in [0, 1]."""
     warmup, total = round(warmup_epochs * steps_per_epoch), epochs * steps_per_epoch
     if step < warmup:
         return step / max(1, warmup - 1)
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
-
+    progress = (step - warmup) / max(1, total - warmup)
+    return 0.5 * (1 + math.cos(math.pi * progress))
 
 def epoch_loader(model, training_set, epoch, args, first=0):
     """Shuffled batches of one epoch, from number `first` on; each process has its share."""
@@ -206,16 +202,13 @@ def epoch_loader(model, training_set, epoch, args, first=0):
     batches = list(BatchSampler(sampler, args.batch_size, drop_last=False))
     return batch_loader(training_set, model.multiple, args.workers, batch_sampler=batches[first:])
 
-
 def get_args(argv=None):
     """The flags; the preset of --dataset gives their defaults, and the command line wins."""
     return flags.train_args(__doc__, argv)
 
-
 def main(argv=None):
     """Returns the exit code: 0, 2 for a mistake in flags or files, 130 or 143 after a signal."""
     return commands.run_command("train.py", run, get_args(argv))
-
 
 def run(args):
     """Data, model, Algorithm 1, then the evaluation by the first process."""
@@ -246,7 +239,6 @@ def run(args):
         figures.report(beside, log, test_set.videos, detections, model.config.descriptions)
     print(f"{time.time() - started:.0f} s; wrote {', '.join(checkpoint.FILES)} to {out}")
 
-
 def build_config(args, training_set, descriptions):
     """The model's Config from flags and data; makes the tiny language model of --lm tiny."""
     lm, vision = args.lm, {}
@@ -264,7 +256,6 @@ def build_config(args, training_set, descriptions):
                   dim=language_config(lm).hidden_size, feature_dim=training_set.feature_dim,
                   vision=vision, class_agnostic=bool(args.external_scores),
                   **{name: getattr(args, name) for name in same})
-
 
 def build_model(args, config):
     """The model on its device, with published weights, checked against the length of a window."""
@@ -284,7 +275,6 @@ def build_model(args, config):
         model.compile_layers()
     return model.to(args.device)
 
-
 def dry_run(model, training_set, args):
     """Print how large the model is, and run one step; writes nothing."""
     summary.describe_size(model, args)
@@ -293,7 +283,6 @@ def dry_run(model, training_set, args):
     epoch = vision_only_epoch if model.language is None else vision_language_epoch
     epoch(model, state.batches(training_set), state.backpropagate)
     print("one step: " + "  ".join(f"{name} {value:.4f}" for name, value in state.sums.items()))
-
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -30,14 +30,12 @@ ANSWER = "\nAnswer: "                # stands between prompt and T_pred
 NO_ACTION = "No action."             # T_pred of a window without actions
 LONGEST_ANSWER = 256                 # tokens that the check of the length leaves for T_pred
 
-
 class LanguageFeatures(NamedTuple):
     """What the language model gives for a batch."""
     f_lang_cls: Tensor               # (B, L, D) last hidden states of [cls]
     f_lang_loc: Tensor               # (B, L, D) of [loc]
     f_adv: Tensor                    # (B, L, D) of [adv]
     text_loss: Tensor | None         # () L_tg, Eq. 8; None without answers
-
 
 def instruction(descriptions):
     """T_ins with T_desc in its place (Appendix B.2).
@@ -50,7 +48,6 @@ def instruction(descriptions):
     return ("This is a video reasoning task for action localization. Identify the start and end "
             "frames of each action in the given video, and output the list of action proposals. "
             "The candidate actions include:\n" + "\n".join(lines))
-
 
 def proposal_text(segments, labels):
     """Eq. 7: the answer T_pred for ground truth, "LongJump: 12-48, Diving: 60-75."
@@ -66,7 +63,6 @@ def proposal_text(segments, labels):
         return NO_ACTION
     return ", ".join(f"{label}: {start}-{end}" for start, end, label in sorted(rows)) + "."
 
-
 def prefix_lm_mask(valid, prefix):
     """Attention mask of a prefix language model: (B, 1, N, N), True where row may see column.
 
@@ -81,7 +77,6 @@ def prefix_lm_mask(valid, prefix):
     itself = i[None, :] == i[:, None]
     allowed = (causal | within) & valid[:, None, :] | itself                      # (B, N, N)
     return allowed[:, None]
-
 
 class LanguageModel(nn.Module):
     """M_lang: a causal language model with LoRA, frozen otherwise, and three special tokens.
@@ -122,7 +117,8 @@ class LanguageModel(nn.Module):
             cache = self.kept_prompt.for_windows(len(tokens))
         hidden = self.hidden_states(tokens, valid, self.prefix(L), cache)         # (B, n, D)
         A = answer_ids.size(1)
-        hidden, answer = hidden.split([hidden.size(1) - A, A], dim=1)
+        n = hidden.size(1)
+        hidden, answer = hidden.split([n - A, A], dim=1)
         frames = hidden[:, -4 * L:]
         if self.layout == "frames-first":
             frames = hidden[:, :4 * L]
@@ -136,8 +132,8 @@ class LanguageModel(nn.Module):
 
     def text_loss(self, hidden, labels):
         """Eq. 8: cross-entropy of the answer. hidden: (B, A, D). labels: (B, A), -100 = none."""
-        logits = self.logits(hidden).float()                                      # (B, A, vocab)
-        return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)  # Eq. 8
+        logits = self.logits(hidden).float().flatten(0, 1)                        # (B A, vocab)
+        return F.cross_entropy(logits, labels.flatten(), ignore_index=-100)       # Eq. 8
 
     def sequence(self, f_vis, mask, answer_ids, answer_valid):
         """Frames and prompt in order of the layout, then the answer (answer_ids: (B, A)).
@@ -175,11 +171,12 @@ class LanguageModel(nn.Module):
         ids = torch.zeros(shape, dtype=torch.long)
         valid = torch.zeros(shape, dtype=torch.bool)
         labels = torch.full(shape, -100)
+        start = len(lead)
         for b, row in enumerate(rows):
-            row = torch.tensor(row)
-            ids[b, :len(row)] = row
-            valid[b, :len(row)] = True
-            labels[b, len(lead) - 1:len(row) - 1] = row[len(lead):]
+            row, end = torch.tensor(row), len(row)
+            ids[b, :end] = row
+            valid[b, :end] = True
+            labels[b, start - 1:end - 1] = row[start:]
         return ids.to(mask.device), valid.to(mask.device), labels.to(mask.device)
 
     def hidden_states(self, tokens, valid, prefix, cache=None):
@@ -189,7 +186,8 @@ class LanguageModel(nn.Module):
         cache: keys and values of the tokens before; the new ones are added to it.
         """
         n = tokens.size(1)
-        position = (valid.cumsum(1) - 1).clamp(min=0)[:, -n:]
+        position = valid.cumsum(1) - 1
+        position = position.clamp(min=0)[:, -n:]
         mask = prefix_lm_mask(valid, prefix)[:, :, -n:]                           # (B, 1, n, N)
         decoder = self.lm.get_base_model().base_model
         before = {} if cache is None else {language_models.name_of_cache(decoder): cache}
@@ -249,7 +247,6 @@ class LanguageModel(nn.Module):
     def train(self, mode=True):
         self.kept_prompt = None                 # weights change in training
         return super().train(mode)
-
 
 class KeptPrompt:
     """Keys and values of a prompt that comes first: no frame changes them."""

@@ -14,7 +14,6 @@
 import torch
 from torch import nn
 
-
 def ablate(model, args) -> None:
     """Change a model, and the weights of Eq. 9 in the flags of its training."""
     if args.ablation is None:
@@ -23,12 +22,10 @@ def ablate(model, args) -> None:
         change = ABLATIONS[args.ablation]
     change(model, args)
 
-
 def only_language(model, args) -> None:
     """Table 2: F_cls and F_loc are the language features, without F_vis."""
     model.aggregate = lambda f_vis, f_lang, weight: f_lang
     fixed_weight(model, args, 1.0)
-
 
 def fixed_weight(model, args, weight: float | None = None) -> None:
     """Table 4: one weight for all frames, that of --lambda-lang; no advantage is learnt."""
@@ -36,13 +33,11 @@ def fixed_weight(model, args, weight: float | None = None) -> None:
     model.language_weight = lambda advantage: torch.full_like(advantage, weight)
     args.lambda_adv = 0.0
 
-
 def generated_weight(model, args) -> None:
     """Table 4: the weight is the probability of "yes" against "no" after [adv]."""
     model.predict_advantage = YesOrNo(model.language)
     model.language_weight = torch.sigmoid
     args.lambda_adv = 0.0
-
 
 class YesOrNo(nn.Module):
     """f_adv (B, L, D) -> (B, L): how much more the output layer says "yes" than "no"."""
@@ -56,32 +51,26 @@ class YesOrNo(nn.Module):
     def forward(self, f_adv):
         return f_adv @ self.direction
 
-
 def labels_only(model, args) -> None:
     """Table 9 (a): the prompt has the names of the actions without their descriptions."""
     model.config.descriptions = dict.fromkeys(model.config.descriptions, "")
     model.language.set_descriptions(model.config.descriptions)
 
-
 def vision_tokens(model, args) -> None:
     """Table 9 (b): all features are hidden states of the vision tokens v_l."""
     model.language.read_out = lambda frame, cls, loc, adv: (frame, frame, frame)
-
 
 def shared_token(model, args) -> None:
     """Table 9 (b): all features are hidden states of one special token."""
     model.language.read_out = lambda frame, cls, loc, adv: (cls, cls, cls)
 
-
 def without_tg(model, args) -> None:
     """Table 9 (c): no text generation loss in Eq. 9."""
     args.lambda_tg = 0.0
 
-
 def without_adv(model, args) -> None:
     """Table 4: no advantage loss in Eq. 9; the detection loss alone moves lambda."""
     args.lambda_adv = 0.0
-
 
 ABLATIONS = {"only-language": only_language, "labels-only": labels_only,
              "vision-tokens": vision_tokens, "shared-token": shared_token,

@@ -20,7 +20,6 @@ CSV_FILES = ("val_Annotation.csv", "test_Annotation.csv",
              "EPIC_100_train.csv", "EPIC_100_validation.csv")
 AMBIGUOUS = "labelled Ambiguous, dropped"
 
-
 class InputError(ValueError):
     """A mistake in a file or flag: where it is, what was expected and found, what to do."""
 
@@ -28,13 +27,11 @@ class InputError(ValueError):
         """The message alone: torch's DataLoader puts a worker's traceback in front of it."""
         return super().__str__().rpartition("InputError: ")[2].rstrip()
 
-
 def expect(good, where, expected: str, found, advice: str = "correct or remove it") -> None:
     """Raises InputError unless `good`. found: a text, or the value itself."""
     if not good:
         found = found[:500] if isinstance(found, str) else shorten(found)
         raise InputError(f"{where}: expected {expected}, found {found}; {advice}")
-
 
 @dataclass
 class Video:
@@ -46,7 +43,6 @@ class Video:
     segments: np.ndarray = field(default_factory=lambda: np.zeros((0, 2)))   # (N, 2) seconds
     labels: list = field(default_factory=list)                              # N names
     path: Path | None = None                                                # video or feature file
-
 
 def load_annotations(path, labels: str = "verb", notes: list | None = None) -> list:
     """Annotation files -> list of Video, in the order of the file. `path` is one of
@@ -73,14 +69,12 @@ def load_annotations(path, labels: str = "verb", notes: list | None = None) -> l
         notes += [f"{path}: {count} segments {what}" for what, count in found.items() if count]
     return videos
 
-
 def class_names(path, videos: list, labels: str = "verb") -> list:
     """Label names in class order: EPIC-Kitchens' class file, elsewhere the names in use, sorted."""
     file = annotation_files(path)[0]
     if file.name.startswith("EPIC_100_"):
         return list(epic_classes(file, labels).values())
     return sorted({label for video in videos for label in video.labels})
-
 
 def annotation_files(path) -> list:
     """The file itself, or the annotation files of THUMOS14 or EPIC-Kitchens-100 in a folder."""
@@ -91,7 +85,6 @@ def annotation_files(path) -> list:
     expect(files, path, f"a folder with {' or '.join(CSV_FILES)}", "none",
            "give their folder, or a JSON file in ActivityNet's format")
     return files
-
 
 def tidy(video: Video, where: str, found: Counter) -> Video:
     """The video without segments that cannot be learned; `found` counts every change.
@@ -123,7 +116,6 @@ def tidy(video: Video, where: str, found: Counter) -> Video:
     found["that begin after the end of their video, kept but out of reach"] += int(outside.sum())
     return replace(video, segments=segments, labels=labels[keep].tolist())
 
-
 def read_thumos(path: Path, found: Counter) -> list:
     """The videos of val_Annotation.csv (subset Validation) or test_Annotation.csv (Test)."""
     rows = read_table(path, video=NAME, type=NAME, start=NUMBER, end=NUMBER)
@@ -136,7 +128,6 @@ def read_thumos(path: Path, found: Counter) -> list:
         lengths[name] = count / fps if fps else 0, fps, subset
     return group_rows(clear, lengths, info)
 
-
 def read_epic(path: Path, labels: str) -> list:
     """The videos of EPIC_100_train.csv (subset training) or EPIC_100_validation.csv."""
     classes = epic_classes(path, labels)
@@ -148,11 +139,9 @@ def read_epic(path: Path, labels: str) -> list:
     lengths = read_table(info, video_id=NAME, duration=NUMBER, fps=NUMBER)
     return group_rows(rows, {name: (*length, subset) for name, *length in lengths}, info)
 
-
 def epic_classes(path: Path, labels: str) -> dict:
     """{id: name} of the class file beside an annotation file of EPIC-Kitchens-100, in order."""
     return dict(read_table(path.with_name(f"EPIC_100_{labels}_classes.csv"), id=WHOLE, key=NAME))
-
 
 def group_rows(rows: list, lengths: dict, info: Path) -> list:
     """Rows (video, label, start, end) and {video: (duration, fps, subset)} -> list of Video."""
@@ -165,17 +154,14 @@ def group_rows(rows: list, lengths: dict, info: Path) -> list:
         videos[name].segments.append([start, end])
     return [replace(video, segments=np.array(video.segments)) for video in videos.values()]
 
-
 def clock(cell: str) -> float:
     """HH:MM:SS.ff -> seconds."""
     hours, minutes, seconds = cell.split(":")
     return 3600 * int(hours) + 60 * int(minutes) + float(seconds)
 
-
 # Kinds of columns: (type that turns the text of a cell into its value, the kind in words).
 NAME, WHOLE, NUMBER = (str, "a name"), (int, "a whole number"), (float, "a number")
 CLOCK = clock, "HH:MM:SS.ff"
-
 
 def read_table(path: Path, **columns) -> list:
     """The columns {name: kind} of a csv file with a header: one list per row."""
@@ -201,7 +187,6 @@ def read_table(path: Path, **columns) -> list:
             expect(row[-1] is not None, where, expected, repr(cell))
     return rows
 
-
 def read_activitynet(path) -> list:
     """The videos of an ActivityNet-format JSON file."""
     videos = []
@@ -213,7 +198,6 @@ def read_activitynet(path) -> list:
         videos.append(Video(name, duration, fps, entry["subset"], **read))
     return videos
 
-
 def read_segments(where: str, entries, *more: str) -> dict:
     """[{"label", "segment", *more}], checked -> {"segments": (N, 2) float64 s, "labels": [str]}."""
     expect(isinstance(entries, list), where, "a list of segments, or []", entries)
@@ -221,7 +205,6 @@ def read_segments(where: str, entries, *more: str) -> dict:
         check_fields(f"{where}[{i}]", entry, "label", "segment", *more)
     segments = np.array([entry["segment"] for entry in entries], np.float64)
     return {"segments": segments.reshape(-1, 2), "labels": [entry["label"] for entry in entries]}
-
 
 def load_external_scores(path, classes: list, videos: list) -> dict:
     """Another model's scores of whole videos (CUHK's of ActivityNet) -> {video: (C,) float32}.
@@ -241,7 +224,6 @@ def load_external_scores(path, classes: list, videos: list) -> dict:
     columns = [names.index(name) for name in classes]
     return {name: torch.tensor(row, dtype=torch.float32)[columns] for name, row in rows.items()}
 
-
 def load_descriptions(path, classes: list, notes: list) -> dict:
     """JSON {label: description} (T_desc) -> those of `classes`, in order; `notes` names others."""
     content, missing = read_json(path), []
@@ -260,7 +242,6 @@ def load_descriptions(path, classes: list, notes: list) -> dict:
                      f"not, not used: {first_ten(unused)}")
     return {name: content[name] for name in classes}
 
-
 def read_json(path, *fields: str) -> dict:
     """The object with these fields in a JSON file, plain or gzip (the first two bytes tell)."""
     try:
@@ -271,27 +252,22 @@ def read_json(path, *fields: str) -> dict:
     check_fields(path, content, *fields)
     return content
 
-
 def read_field(path, name: str) -> dict:
     """The object `name` of a JSON file."""
     return read_json(path, name)[name]
-
 
 def is_number(value) -> bool:
     """A finite number that fits in a float; True and False are none."""
     return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
-
 def is_numbers(value, count: int) -> bool:
     return isinstance(value, list) and len(value) == count and all(map(is_number, value))
-
 
 def is_text(value) -> bool:
     """A text that is not blank and can be printed: JSON may hold half a character (a surrogate)."""
     if not isinstance(value, str) or not value.strip():
         return False
     return value.encode(errors="ignore").decode() == value
-
 
 OBJECT = (lambda value: isinstance(value, dict),
           "an object (annotations have 'database', result files 'results': are they swapped?)")
@@ -305,7 +281,6 @@ FIELDS = {                                  # {field: (test of its value, its va
     "segment": (lambda value: is_numbers(value, 2), "two finite numbers [start, end] in seconds"),
     "score": (is_number, "a finite number")}
 
-
 def check_fields(where, entry, *fields: str) -> None:
     """Raises InputError unless `entry` is an object whose fields are as in FIELDS."""
     expect(isinstance(entry, dict), where, " with ".join(["an object", *map(repr, fields)]), entry)
@@ -314,7 +289,6 @@ def check_fields(where, entry, *fields: str) -> None:
         if not good(entry.get(key)):
             found = shorten(entry[key]) if key in entry else f"no such field but {first_ten(entry)}"
             expect(False, f"{where}: '{key}'", expected, found)
-
 
 def first_ten(names) -> str:
     """Names for a message."""

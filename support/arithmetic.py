@@ -8,18 +8,15 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 
-
 def zero_padding(x, mask):
     """x (B, L, D), finite, with zeros where mask (B, L) is False."""
     return x * mask[:, :, None].to(x.dtype)
-
 
 def max_pool(x, mask):
     """Max over steps 2i-1, 2i, 2i+1, without padding: (B, L, W) -> (B, L / 2, W)."""
     real = x.masked_fill(~mask[:, :, None], -math.inf)
     pooled = F.max_pool1d(real.mT, 3, stride=2, padding=1).mT
     return pooled.masked_fill(~mask[:, ::2, None], 0)
-
 
 def attend(q, k, v, mask, num_heads, window, chunk=256):
     """Step i sees the real steps j with |i - j| <= window // 2, or all real steps if window is 0.
@@ -41,7 +38,6 @@ def attend(q, k, v, mask, num_heads, window, chunk=256):
         keys, values = k[:, :, reach], v[:, :, reach]
         out.append(F.scaled_dot_product_attention(q[:, :, here], keys, values, seen[:, None]))
     return rearrange(torch.cat(out, 2), "b h l d -> b l (h d)")
-
 
 def channels_last_conv(x, layer):
     """torch's Conv1d `layer` on (B, L, C) without transposed copies -> (B, L / stride, W).

@@ -17,7 +17,6 @@ from support.processes import rank, world_size
 
 FILES = ("checkpoint.safetensors", "log.jsonl", "result.json", "report.png")   # of a run, in --out
 
-
 def save_checkpoint(path: Path, state) -> None:
     """Write a train.TrainingState as one safetensors file.
 
@@ -39,7 +38,6 @@ def save_checkpoint(path: Path, state) -> None:
     with written_whole(path) as beside:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
                   beside, {name: json.dumps(fields) for name, fields in header.items()})
-
 
 def resume(path: Path, state) -> None:
     """Restore a train.TrainingState, as if it had never stopped. InputError for another model."""
@@ -72,7 +70,6 @@ def resume(path: Path, state) -> None:
         log = path.with_name("log.jsonl")
         write_log(log, [row for row in read_log(log) if row["epoch"] <= state.epoch])
 
-
 def read_checkpoint(path, lm: str | None = None) -> argparse.Namespace:
     """Read a checkpoint of train.py: its config, args, progress and tensors.
 
@@ -95,11 +92,9 @@ def read_checkpoint(path, lm: str | None = None) -> argparse.Namespace:
                          f"found: {found}") from error
     return argparse.Namespace(config=config, args=args, progress=progress, tensors=tensors)
 
-
 def restore_average(model, path, saved: argparse.Namespace) -> None:
     """Put the averaged weights of a checkpoint into a model, for evaluation."""
     restore(model, path, {**part(saved.tensors, "model."), **part(saved.tensors, "ema.")})
-
 
 def restore(model, path, tensors: dict) -> None:
     """Copy tensors into the model; every one has to be there, and none may be left over."""
@@ -110,25 +105,23 @@ def restore(model, path, tensors: dict) -> None:
            f"none of {lack} but {more}", "the files are of another run")
     model.load_state_dict(tensors, strict=False)
 
-
 def model_state(model) -> dict:
     """Trained parameters and buffers; the frozen language model stays where it is."""
     return {name: tensor for name, tensor in model.state_dict().items()
             if "lora_" in name or not name.startswith("language.lm.")}
 
-
 def trained_parameters(model) -> list:
     """[(name, parameter)] with gradients."""
     return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-
 
 def part(tensors: dict, prefix: str) -> dict:
     """The tensors under a prefix, without it."""
     return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
 
-
 def open_folder(out: Path, args) -> None:
     """Make --out ready: a new run needs a folder without another run's files, or --overwrite."""
+    if rank():                      # the first process has done it
+        return
     found = [name for name in FILES if (out / name).exists()]
     expect(not args.resume or FILES[0] in found, "--resume",
            f"{FILES[0]} of an earlier run in --out {out}", "none",
@@ -147,17 +140,14 @@ def open_folder(out: Path, args) -> None:
         raise InputError(f"--out {out}: expected a folder that can be written to, found: "
                          f"{error.strerror}; name another one") from error
 
-
 def read_log(path: Path) -> list:
     """The rows of log.jsonl."""
     lines = path.read_text().splitlines() if path.exists() else []
     return [json.loads(line) for line in lines]
 
-
 def write_log(path: Path, rows: list) -> None:
     with written_whole(path) as beside:
         beside.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
 
 @contextmanager
 def written_whole(path):
@@ -178,13 +168,11 @@ def written_whole(path):
     finally:
         beside.unlink(missing_ok=True)
 
-
 def to_disk(path) -> None:
     """Returns when the content of a file or folder is on the disk."""
     file = os.open(path, os.O_RDONLY)
     os.fsync(file)
     os.close(file)
-
 
 class Stopped(BaseException):
     """SIGINT or SIGTERM ended the training; `code` is the exit code."""
@@ -192,7 +180,6 @@ class Stopped(BaseException):
     def __init__(self, number: int):
         super().__init__(f"stopped by {signal.Signals(number).name}; --resume goes on from here")
         self.code = 128 + number
-
 
 class StopSignals:
     """While entered, the first SIGINT or SIGTERM is noted, for a step to end first.
@@ -219,7 +206,6 @@ class StopSignals:
             signal.signal(number, handler)
         if self.received:
             raise Stopped(self.received)
-
 
 def leave_group(worker: int) -> None:
     """Take a worker of a DataLoader out of its group of processes, which Ctrl-C ends as a whole."""

@@ -9,7 +9,6 @@ from support.annotations import InputError
 from support.checkpoint import Stopped
 from support.flags import ABOVE_0, device, real
 
-
 def evaluate_args(description: str, argv=None) -> argparse.Namespace:
     """evaluate.py's flags."""
     parser = argparse.ArgumentParser(
@@ -29,7 +28,6 @@ def evaluate_args(description: str, argv=None) -> argparse.Namespace:
         parser.error("--video, --lm: expected --checkpoint DIR with them")
     return args
 
-
 def checkpoint_flags(flag):
     """Of the commands that open a trained model."""
     flag("--checkpoint", metavar="DIR", help="folder that train.py wrote")
@@ -38,7 +36,6 @@ def checkpoint_flags(flag):
     flag("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu")
     flag("--tiou", type=real(ABOVE_0, 1), nargs="+", help="default: of training, else .3 to .7")
     flag("--json", metavar="FILE", help="write the figures to FILE, as fractions with all digits")
-
 
 def run_command(program: str, command, *args) -> int:
     """Call command(*args) -> exit code: 0, 2 after a mistake (one line), 128 + n after a signal."""

@@ -13,7 +13,6 @@ DEMO_DESCRIPTIONS = json.loads(FILE.read_text())         # {label: sentence}
 BACKWARDS = {"StandUp": "SitDown", "Catch": "Throw"}
 FPS, SIZE = 10, 64                                       # frames a second, pixels
 
-
 def make_demo(folder, train: int = 96, test: int = 24, incomplete: int = 12) -> None:
     """Write the demo data set, the same every time, unless it is there already.
 
@@ -40,7 +39,6 @@ def make_demo(folder, train: int = 96, test: int = 24, incomplete: int = 12) -> 
         (folder / "descriptions.json").write_text(json.dumps(DEMO_DESCRIPTIONS, indent=1))
         (folder / file).write_text(json.dumps(dict(version="demo", database=database), indent=1))
 
-
 def demo_script(rng, complete: bool = True) -> tuple:
     """Draw a clip -> states (T, 7), annotations. Without `complete`, actions turn back halfway."""
     states, annotations = [], []
@@ -57,7 +55,6 @@ def demo_script(rng, complete: bool = True) -> tuple:
         annotations.append(dict(label=str(label), segment=[start, len(states) / FPS]))
     states += states[-1:] * rng.integers(4, 13)
     return np.array(states), annotations
-
 
 def demo_action(label: str, u: np.ndarray) -> np.ndarray:
     """An action at its phases u (T,), from 0 (begins) to 1 (ends) -> states (T, 7).
@@ -85,7 +82,6 @@ def demo_action(label: str, u: np.ndarray) -> np.ndarray:
         spread = 0.15 + 0.5 * wide
     state = (bend, left, right, spread, ball_x, ball_y, visible)
     return np.stack([number + 0 * u for number in state], 1)
-
 
 def render(states: np.ndarray, rng) -> np.ndarray:
     """Draw the figure at random place, scale and colours -> frames (T, SIZE, SIZE, 3) uint8.
@@ -122,7 +118,6 @@ def render(states: np.ndarray, rng) -> np.ndarray:
     noise = rng.uniform(2, 6) * rng.standard_normal(frames.shape, np.float32)
     return np.clip(frames + noise, 0, 255).astype(np.uint8)
 
-
 def capsule(a, b, radius: float) -> np.ndarray:
     """Coverage (T, SIZE, SIZE) in [0, 1] of thick lines from points a to points b."""
     pixel = np.arange(SIZE, dtype=np.float32)
@@ -131,7 +126,6 @@ def capsule(a, b, radius: float) -> np.ndarray:
     length = np.maximum(d.real * d.real + d.imag * d.imag, 1e-6)      # squared
     along = np.clip((x * d.real + y * d.imag) / length, 0, 1)
     return np.clip(radius + 0.5 - np.hypot(x - along * d.real, y - along * d.imag), 0, 1)
-
 
 def write_video(path, frames: np.ndarray, fps: int) -> None:
     """Write (T, H, W, 3) uint8 RGB frames as H.264 in mp4."""

@@ -11,7 +11,6 @@ LOSSES = {"loss_cls": "classification (focal)", "loss_loc": "localization (DIoU)
           "loss_tg": "text $L_{tg}$ / 10", "loss_adv": "advantage $L_{adv}$",
           "lambda_lang": r"mean $\lambda$"}
 
-
 def report(path, log: list, videos: list, detections, descriptions: dict) -> None:
     """Loss curves (log: rows of log.jsonl) and the timelines of the first two test videos.
 
@@ -24,13 +23,11 @@ def report(path, log: list, videos: list, detections, descriptions: dict) -> Non
         timeline(row, video, detections, descriptions, min_score=0.3)
     figure.savefig(path, dpi=90)
 
-
 def one_video(path, video: Video, detections, descriptions: dict, min_score: float) -> None:
     """The timeline of one video as a picture of its own."""
     figure = matplotlib.figure.Figure(figsize=(13, 5), layout="constrained")
     timeline(figure, video, detections, descriptions, min_score)
     figure.savefig(path, dpi=90)
-
 
 def loss_curves(figure, log: list) -> None:
     """One panel per kind of epoch: every term, mean over the epoch."""
@@ -45,7 +42,6 @@ def loss_curves(figure, log: list) -> None:
         panel.grid(alpha=0.3)
         if rows:
             panel.legend(fontsize=8)
-
 
 def timeline(figure, video: Video, detections, descriptions: dict, min_score: float) -> None:
     """Fig. 4, 5: frames, truth, detections, lambda over seconds; below, the descriptions."""
@@ -72,7 +68,6 @@ def timeline(figure, video: Video, detections, descriptions: dict, min_score: fl
     told = [shorten(f"{name}: {descriptions[name]}", 170) for name in names if name in descriptions]
     axes[3].set_xlabel("\n".join(["seconds", *told[:6]]), fontsize=8)
 
-
 def draw_input(axis, video: Video) -> None:
     """16 frames of the video side by side, or the features as an image."""
     extent = (0, video.duration, 0, 1)
@@ -85,7 +80,6 @@ def draw_input(axis, video: Video) -> None:
         frames = np.concatenate(read_frames(video.path, times, short_side=96), 1)
         axis.imshow(frames, aspect="auto", extent=extent)
     axis.set(yticks=[])
-
 
 def draw_bars(axis, segments, labels: list, texts: list, colours: dict, fps: float) -> None:
     """A bar per segment on the first free row, with its text, first and last frame."""

@@ -11,7 +11,6 @@ ABLATIONS = ("only-language", "labels-only", "vision-tokens", "shared-token", "w
 HEADS = 4                       # attention heads of the detection head
 ABOVE_0, BELOW_1 = 1e-9, 0.999999
 
-
 def train_args(description: str, argv=None) -> argparse.Namespace:
     """train.py's flags. The preset of --dataset gives defaults, and the command line wins."""
     parser = argparse.ArgumentParser(
@@ -25,7 +24,6 @@ def train_args(description: str, argv=None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     check_train_args(parser, args)
     return args
-
 
 def data_flags(flag):
     flag("--dataset", choices=sorted(PRESETS), default="demo", help="preset, support/presets.py")
@@ -46,7 +44,6 @@ def data_flags(flag):
     flag("--image-size", type=integer(1), default=160, help="side of the crop, pixels")
     flag("--workers", type=integer(0, 1024), default=0, help="processes that read (0 = this one)")
 
-
 def model_flags(flag):
     gpu = torch.cuda.is_available()
     flag("--vision", default="tiny", help="VideoMAE file or folder, or InternViT folder")
@@ -65,7 +62,6 @@ def model_flags(flag):
     flag("--head-window", type=integer(), default=19, help="attention window in steps (0 = global)")
     flag("--prior", type=real(ABOVE_0, BELOW_1), default=0.01, help="probability classes start at")
 
-
 def training_flags(flag):
     flag("--epochs", type=integer(), default=120, help="of both kinds in turn (0 = only evaluate)")
     flag("--warmup-epochs", type=real(), default=5, help="epochs of linear warm-up")
@@ -80,7 +76,6 @@ def training_flags(flag):
     flag("--lambda-loc", type=real(), default=1.0, help="weight of the DIoU loss (Eq. 6)")
     flag("--lambda-tg", type=real(), default=0.1, help="weight of L_tg (Eq. 9)")
     flag("--lambda-adv", type=real(), default=0.1, help="weight of L_adv (Eq. 9)")
-
 
 def run_flags(flag):
     gpu = torch.cuda.is_available()
@@ -101,7 +96,6 @@ def run_flags(flag):
     flag("--compile", action="store_true", help="compile their layers; needs a C compiler")
     flag("--dry-run", action="store_true", help="load everything, say what was found, run a step")
 
-
 def integer(low: int = 0, high: int = 10 ** 9, kind=int, what="a whole number"):
     """argparse type: a whole number from low to high."""
     def parse(text: str):
@@ -113,18 +107,15 @@ def integer(low: int = 0, high: int = 10 ** 9, kind=int, what="a whole number"):
         raise argparse.ArgumentTypeError(f"expected {what} from {low:g} to {high:g}, found {text}")
     return parse
 
-
 def real(low: float = 0, high: float = 1e9, what="a number"):
     """argparse type: a number from low to high."""
     return integer(low, high, float, what)
-
 
 def lambda_lang(text: str):
     """argparse type of --lambda-lang."""
     if text in ("learned", "generated"):
         return text
     return real(0, 1, "'learned', 'generated' or a number")(text)
-
 
 def device(text: str) -> str:
     """argparse type of --device: one that is there."""
@@ -134,7 +125,6 @@ def device(text: str) -> str:
     if text not in there:
         raise argparse.ArgumentTypeError(f"expected one of {', '.join(there)}, found {text}")
     return text
-
 
 def check_train_args(parser, args) -> None:
     """parser.error for train.py's flags that contradict or lack one another."""

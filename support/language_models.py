@@ -12,7 +12,6 @@ from support.annotations import InputError
 transformers.logging.disable_progress_bar()
 transformers.logging.set_verbosity_error()      # it would list the tensors of InternVL's encoder
 
-
 def language_config(folder):
     """Read transformers' configuration of a language model, also of the one inside an InternVL.
 
@@ -20,6 +19,8 @@ def language_config(folder):
     """
     try:
         content = transformers.PretrainedConfig.get_config_dict(folder)[0]
+        if not content:
+            raise ValueError("no config.json")
         # InternVL's native layout says text_config, its original layout llm_config.
         inner = content.get("text_config") or content.get("llm_config") or content
         config = transformers.AutoConfig.for_model(**inner)
@@ -30,7 +31,6 @@ def language_config(folder):
         found = "" if Path(folder).is_dir() else "no such folder, and as a name: "
         raise InputError(f"--lm {folder}: expected a folder or name of a causal language model, "
                          f"with weights, tokenizer; found: {found}{first_line(error)}") from error
-
 
 def load_language_model(folder, dtype: torch.dtype):
     """Load (causal language model, tokenizer); folder as for `language_config`.
@@ -63,7 +63,6 @@ def load_language_model(folder, dtype: torch.dtype):
                          f"model, with attention that takes a 4-D mask (Qwen, Llama, Mistral, "
                          f"Gemma, ...), found model_type {config.model_type}: {reason}") from error
 
-
 def attention_masks(config, mask: torch.Tensor):
     """Turn one mask into the attention_mask that the layers of a model need.
 
@@ -86,7 +85,6 @@ def attention_masks(config, mask: torch.Tensor):
         masks["sliding_attention"] = mask & (distance < window)
     return masks if len(masks) > 1 else masks[kinds[0]]
 
-
 @torch.no_grad()
 def check_mask(model) -> None:
     """Raise an error unless a 4-D boolean mask decides which tokens the model's attention sees."""
@@ -104,21 +102,17 @@ def check_mask(model) -> None:
         raise ValueError(f"the last of 4 tokens changes the first by {seen:.1g} under a full mask, "
                          f"by {leaked:.1g} under a causal mask")
 
-
 def name_of_cache(model) -> str:
     """The argument that hands a model its cache; transformers 5.17 calls it past_key_values."""
     return "cache" if "cache" in signature(model.forward).parameters else "past_key_values"
-
 
 def enable_checkpointing(model) -> None:
     """Compute activations of a model of transformers again in the backward pass."""
     older = model.gradient_checkpointing_enable            # the name in transformers 5.17
     getattr(model, "activation_checkpointing_enable", older)({"use_reentrant": False})
 
-
 def first_line(error: Exception) -> str:
     return (str(error).strip() or repr(error)).splitlines()[0]
-
 
 def make_tiny_lm(folder, texts, dim=128) -> None:
     """Write a small random Qwen2 and a byte-level BPE tokenizer of texts, where no model is yet.
@@ -150,7 +144,6 @@ def make_tiny_lm(folder, texts, dim=128) -> None:
         model = transformers.Qwen2ForCausalLM(config)
     tokenizer.save_pretrained(folder)
     model.save_pretrained(folder)
-
 
 def add_lora(model, rank: int, alpha: float):
     """The model with LoRA matrices (peft) at all of its linear layers, frozen otherwise."""

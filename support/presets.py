@@ -51,7 +51,6 @@ FEATURE_PRESETS = {
     "epic-noun": EPIC_FEATURES,
 }
 
-
 def get_preset(dataset: str, features: bool) -> dict:
     """{flag: value} of a data set."""
     preset = BASE | PRESETS[dataset]

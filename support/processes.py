@@ -1,4 +1,4 @@
-"""support/processes.py - several processes under torchrun; in one process all of it does nothing."""
+"""support/processes.py - several processes under torchrun; nothing of it works in one process."""
 import os
 import sys
 from contextlib import contextmanager
@@ -7,14 +7,11 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
-
 def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
-
 
 def join(args) -> None:
     """Join the other processes and take a GPU of one's own; only the first process prints."""
@@ -27,7 +24,6 @@ def join(args) -> None:
     if rank():
         sys.stdout = open(os.devnull, "w")
 
-
 @contextmanager
 def first_one_first():
     """The others enter when the first process has left."""
@@ -37,14 +33,12 @@ def first_one_first():
     if rank() == 0 and dist.is_initialized():
         dist.barrier()
 
-
 def average(*tensors) -> None:
     """Every tensor becomes its mean over all processes, in place."""
     for tensor in tensors:
         if dist.is_initialized():
             dist.all_reduce(tensor)
             tensor /= world_size()
-
 
 class Parallel(DistributedDataParallel):
     """torch's data parallelism with the attributes of the model inside."""
@@ -54,7 +48,6 @@ class Parallel(DistributedDataParallel):
             return super().__getattr__(name)
         except AttributeError:
             return getattr(self.module, name)
-
 
 def parallel(model, seed: int):
     """Gradients become means over all processes, which draw other random numbers from here on."""

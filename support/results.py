@@ -14,7 +14,6 @@ from support.checkpoint import written_whole
 
 TIOU = [0.3, 0.4, 0.5, 0.6, 0.7]
 
-
 def load_ground_truth(path, subset: str) -> dict:
     """The videos of one subset, named in any case, of an ActivityNet-format file, plain or gzip.
 
@@ -35,7 +34,6 @@ def load_ground_truth(path, subset: str) -> dict:
            "choose an annotated subset by --subset")
     return ground_truth
 
-
 def load_predictions(path) -> dict:
     """The detections of an ActivityNet-format result file, plain or gzip, or InputError."""
     predictions = {}
@@ -43,7 +41,6 @@ def load_predictions(path) -> dict:
         predictions[video] = read_segments(f"{path}: results/{video}", entries, "score")
         predictions[video]["scores"] = np.array([entry["score"] for entry in entries], np.float64)
     return predictions
-
 
 def doubts(ground_truth: dict, predictions: dict):
     """Yields sentences on possible mistakes: unknown labels or videos, and many equal scores."""
@@ -67,7 +64,6 @@ def doubts(ground_truth: dict, predictions: dict):
                f"of ties depends on the CPU and can move the mAP by some tenths of a percent "
                f"(write scores with more digits)")
 
-
 def write_result(path, predictions: dict) -> None:
     """{"results": {video: [{"label", "score", "segment": [start, end] (seconds)}]}} as a file."""
     results = {}
@@ -79,11 +75,9 @@ def write_result(path, predictions: dict) -> None:
     with written_whole(path) as beside:
         beside.write_text(json.dumps(content) + "\n")
 
-
 def to_ground_truth(videos) -> dict:
     """list of Video -> the ground truth of these videos."""
     return {v.name: {"segments": v.segments, "labels": v.labels} for v in videos}
-
 
 def format_table(result: dict, thresholds) -> str:
     """Markdown table of evaluate.mean_average_precision, in percent: mAP, then the classes."""
@@ -97,14 +91,12 @@ def format_table(result: dict, thresholds) -> str:
         lines.append(f"| {name:<{width}} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
-
 def write_figures(path, subset: str, tiou: list, result: dict) -> None:
     """Write all figures of a result as JSON, fractions with all digits, if a path is given."""
     content = {"subset": subset, "tiou": tiou, **result, "mAP": result["mAP"].tolist()}
     content["AP"] = dict(zip(content.pop("classes"), result["AP"].T.tolist()))
     if path:
         Path(path).write_text(json.dumps(content, indent=1) + "\n")
-
 
 def by_class(entries: dict) -> dict:
     """Ground truth or predictions -> {label: {video: rows [start, end, score]}}; no score is 0."""
@@ -121,7 +113,6 @@ def by_class(entries: dict) -> dict:
         for label, (start, end), score in zip(labels, segments.tolist(), scores.tolist()):
             rows.setdefault(label, {}).setdefault(video, []).append((start, end, score))
     return rows
-
 
 def count(entries: dict) -> int:
     """Number of segments in ground truth or predictions."""

@@ -9,7 +9,6 @@ from support.video import open_features, probe
 
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov")
 
-
 def choose_videos(videos: list, subset: str, args, notes: list) -> list:
     """The videos of a subset, named in any case, with path and fps, by train.py's flags.
 
@@ -42,7 +41,6 @@ def choose_videos(videos: list, subset: str, args, notes: list) -> list:
                "none", "add it or give --fps")
     return chosen
 
-
 def single_video(path: Path, feature_dim: int, train_args, fps: float) -> Video:
     """A video or feature file on its own, by the flags of a training; feature_dim 0 = a video."""
     if feature_dim == 0:
@@ -53,7 +51,6 @@ def single_video(path: Path, feature_dim: int, train_args, fps: float) -> Video:
     steps = len(open_features(path, feature_dim))
     duration = (steps * train_args.stride + 0.5 * train_args.num_frames) / fps
     return Video(path.stem, duration, fps, path=path)
-
 
 def doubt_steps(dataset) -> list:
     """A sentence, if feature files have not as many rows as duration * fps / stride says."""

@@ -5,7 +5,6 @@ import torch
 
 from support.checkpoint import read_log, trained_parameters, write_log
 
-
 def describe(model, groups: list, training, test) -> None:
     """Print videos, segments and classes; trained parameters by train.parameter_groups."""
     for name, data in (("training", training), ("test", test)):
@@ -22,7 +21,6 @@ def describe(model, groups: list, training, test) -> None:
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     print(f"{len(model.config.classes)} classes; trained parameters: {', '.join(parts)}; "
           f"frozen: {frozen:,}")
-
 
 def describe_size(model, args) -> None:
     """Print the length of the sequence of tokens, and about the memory of a training step.
@@ -53,7 +51,6 @@ def describe_size(model, args) -> None:
     print(f"memory, about: frozen weights {frozen / 2**30:.2f} GiB, trained weights with optimizer "
           f"{trained / 2**30:.2f} GiB, activations of encoder and language model "
           f"{passed / 2**30:.2f} GiB; the head's come on top")
-
 
 def log_epoch(path, state, kind: str, terms: dict) -> None:
     """Print a train.TrainingState after an epoch, and log it. terms: {name: mean of the epoch}."""

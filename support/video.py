@@ -6,7 +6,6 @@ import numpy as np
 
 from support.annotations import InputError, expect
 
-
 def read_frames(path, times: np.ndarray, short_side: int) -> np.ndarray:
     """The frames (N, h, w, 3), uint8 RGB, that a video shows at `times`; min(h, w) = short_side.
 
@@ -28,7 +27,6 @@ def read_frames(path, times: np.ndarray, short_side: int) -> np.ndarray:
            f"frames up to second {times[-1]:.1f}", f"the last at second {end:.1f}",
            "correct its duration in the annotations, or leave it out with --leave-out")
     return np.stack(frames + [last] * missing)
-
 
 def decode_frames(container, times: np.ndarray, short_side: int) -> tuple:
     """Decode an open file until every time has its frame.
@@ -63,7 +61,6 @@ def decode_frames(container, times: np.ndarray, short_side: int) -> tuple:
         last = to_rgb(last, short_side, scaler)
     return frames, last, shown
 
-
 def to_rgb(frame, short_side: int, scaler) -> np.ndarray:
     """A decoded PyAV frame -> (h, w, 3) uint8, upright, with the short side `short_side`."""
     if isinstance(frame, np.ndarray):                # it has been here
@@ -75,7 +72,6 @@ def to_rgb(frame, short_side: int, scaler) -> np.ndarray:
     image = scaler.reformat(frame, w, h, "rgb24", interpolation=kind, threads=1).to_ndarray()
     return np.rot90(image, round(frame.rotation / 90))
 
-
 def probe(path) -> tuple:
     """(duration in seconds, frames per second) of a video file."""
     with opened(path) as container:
@@ -86,7 +82,6 @@ def probe(path) -> tuple:
     expect(0 < seconds <= 1e6 and 0 < fps <= 1000, path, "a video of up to 1e6 s and 1000 fps",
            f"{seconds:g} s of {fps:g} frames a second", "re-encode it or leave it out")
     return seconds, fps
-
 
 @contextmanager
 def opened(path):
@@ -101,7 +96,6 @@ def opened(path):
         raise InputError(f"{path}: expected a video that PyAV can decode, found: "
                          f"{known.get(type(error), error)}; re-encode it (ffmpeg -i in -c:v "
                          f"libx264 out.mp4) or leave it out") from error
-
 
 def open_features(path, width: int = 0) -> np.ndarray:
     """A feature file (T, V) of real numbers as a memory map, without pickle. width: V (0 = any)."""

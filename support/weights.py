@@ -47,7 +47,6 @@ ORIGINAL_INTERNVIT = {
 FOLDER_VIDEOMAE = {"([qv])(uery|alue).bias": r"\1_bias"}
 LAYOUTS = {"videomae": [ORIGINAL_VIDEOMAE, FOLDER_VIDEOMAE], "internvit": [ORIGINAL_INTERNVIT, {}]}
 
-
 def vision_config(path, image_size: int) -> dict:
     """Describe a published encoder by plain values for Config.vision (see build_encoder).
 
@@ -60,7 +59,6 @@ def vision_config(path, image_size: int) -> dict:
            f"an image size that is a multiple of its patches of {patch} pixels", image_size,
            f"take {smaller} or {smaller + patch}")
     return dict(config, image_size=image_size)
-
 
 def file_config(path) -> dict:
     """Read the sizes of a VideoMAE file from its tensors. The width V says the number of heads."""
@@ -78,7 +76,6 @@ def file_config(path) -> dict:
     return dict(kind="videomae", pretrained_image_size=224, num_frames=16, patch_size=patch,
                 tubelet_size=tubelet, hidden_size=V, num_hidden_layers=len(layers),
                 intermediate_size=len(hidden), num_attention_heads=heads, layer_norm_eps=1e-6)
-
 
 def folder_config(folder: Path) -> dict:
     """Read the fields of config.json that make the encoder, under their names in transformers."""
@@ -101,7 +98,6 @@ def folder_config(folder: Path) -> dict:
                "a whole number of at least 1", shorten(value))
     kind = "videomae" if found == "videomae" else "internvit"
     return {"kind": kind, "pretrained_image_size": fields.pop("image_size"), **fields}
-
 
 def build_encoder(config: dict) -> tuple[torch.nn.Module, int, int]:
     """Build (module of transformers, frames of a clip, frames of a step in time), without weights.
@@ -129,20 +125,17 @@ def build_encoder(config: dict) -> tuple[torch.nn.Module, int, int]:
         videomae.embeddings.position_embeddings = rearrange(grid, "t v h w -> () (t h w) v")
     return videomae, config.num_frames, config.tubelet_size
 
-
 def sinusoids(n: int, width: int) -> torch.Tensor:
     """(n, V): sine in even channels j, cosine in odd ones, of n / 10000^(2 (j // 2) / V)."""
     channel = torch.arange(width, dtype=torch.float64)
     angle = torch.arange(n)[:, None] / 10000 ** (2 * (channel // 2) / width)
     return torch.where(channel % 2 == 0, angle.sin(), angle.cos()).float()
 
-
 def rename(name: str, layout: dict) -> str:
     """A name of our module -> the name in a file."""
     for ours, theirs in layout.items():
         name = re.sub(ours, theirs, name)
     return name
-
 
 def find_layout(path, tensors: dict, layouts: list) -> tuple:
     """Find (prefix of every name of the encoder, its layout) by the patch embedding."""
@@ -155,7 +148,6 @@ def find_layout(path, tensors: dict, layouts: list) -> tuple:
                 return name.removesuffix(marker), layout
     raise InputError(f"{path}: expected a tensor {' or '.join(markers)}, found "
                      f"{list(tensors)[:3]}; give a VideoMAE file, or a folder with config.json")
-
 
 def vision_tensors(path, kind: str, expected: dict) -> tuple:
     """Read (weights under the names of our module, names of tensors that are left out by design).
@@ -187,7 +179,6 @@ def vision_tensors(path, kind: str, expected: dict) -> tuple:
         expect(same, path, f"the sinusoids of VideoMAE as {prefix}pos_embed", "other positions",
                "learned ones are not supported")
     return weights, list(unused)
-
 
 def read_tensors(path) -> dict:
     """Read {name: tensor} of a .pth, .pt, .bin or .safetensors file, or of a Hugging Face folder.

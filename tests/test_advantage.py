@@ -9,7 +9,6 @@ from advantage import (
     language_advantage,
 )
 
-
 def test_class_means_are_the_means_of_each_class_over_real_frames():
     means = ClassMeans(2)
     loss = torch.tensor([[1.0, 3.0, 5.0, 100.0], [2.0, 4.0, 6.0, 8.0]])

@@ -11,11 +11,10 @@ import pytest
 import torch
 from safetensors import safe_open
 
-import data
 import evaluate
 import train
-import weights
-from demo import DEMO_DESCRIPTIONS
+from support import weights
+from support.demo import DEMO_DESCRIPTIONS, make_demo
 
 ROOT = Path(__file__).parents[1]
 
@@ -28,7 +27,7 @@ def command(*words, **kwargs):
 def demo(tmp_path_factory):
     """A demo of few videos, and the flags that train on it for two epochs."""
     folder = tmp_path_factory.mktemp("demo")
-    data.make_demo(folder / "data", train=4, test=2, incomplete=2)
+    make_demo(folder / "data", train=4, test=2, incomplete=2)
     return folder, ["--videos", folder / "data/videos", "--annotations", folder / "data/annotations.json",
                     "--descriptions", folder / "data/descriptions.json", "--epochs", 2, "--warmup-epochs", 1,
                     "--device", "cpu", "--out", folder / "out"]
@@ -166,7 +165,7 @@ def videomae_file(tmp_path_factory):
     torch.manual_seed(1)
     ours = VideoMAEModel(VideoMAEConfig(hidden_size=48, num_hidden_layers=2, num_attention_heads=1, intermediate_size=96,
                                         patch_size=16, image_size=32)).state_dict()
-    tensors = {weights.original_videomae(name): tensor for name, tensor in ours.items()
+    tensors = {weights.rename(name, weights.ORIGINAL_VIDEOMAE): tensor for name, tensor in ours.items()
                if "query" not in name and "key" not in name and "value" not in name and "layernorm." not in name[:10]}
     for n in range(2):
         stem = f"encoder.layer.{n}.attention.attention."
@@ -183,7 +182,7 @@ def test_published_vision_weights_are_trained_and_evaluated_without_the_file(dem
     assert train.main([*flags, "--epochs", "0"]) == 0
     assert "2 layers of width 48; not used: head.weight, fc_norm.weight" in capsys.readouterr().out
     with safe_open(tmp_path / "checkpoint.safetensors", "pt") as file:
-        kept = file.get_tensor("model.vision.videomae.encoder.layer.1.attention.attention.value.bias")
+        kept = file.get_tensor("model.vision.backbone.encoder.layer.1.attention.attention.value.bias")
     assert torch.equal(kept, torch.load(videomae_file)["module"]["blocks.1.attn.v_bias"])
     assert train.main([*flags, "--epochs", "1", "--resume"]) == 0
     printed = capsys.readouterr().out
@@ -197,7 +196,7 @@ def test_a_checkpoint_holds_what_was_trained_and_no_frozen_weight(trained):
         names = {name.removeprefix("model.") for name in file.keys() if name.startswith("model.")}
     language = {name for name in names if name.startswith("language.")}
     assert all("lora_" in name or name == "language.special_tokens" for name in language) and len(language) > 10
-    assert {name.split(".")[0] for name in names} == {"vision", "project", "language", "predict_advantage", "head", "class_mean"}
+    assert {name.split(".")[0] for name in names} == {"vision", "project", "language", "predict_advantage", "head", "class_means"}
 
 
 def test_dry_run_says_what_it_found_and_trains_nothing(demo, tmp_path, capsys):
@@ -211,93 +210,79 @@ def test_dry_run_says_what_it_found_and_trains_nothing(demo, tmp_path, capsys):
     assert {p.name for p in tmp_path.iterdir()} == {"tiny-lm"}
 
 
-def test_bias_gives_lap_and_mla(trained, tmp_path, capsys):
-    assert evaluate.main(["--checkpoint", str(trained[0]), "--bias", "--json", str(tmp_path / "f.json"), "--device", "cpu"]) == 0
-    assert re.search(r"with unmatched descriptions .* LAP -?\d", capsys.readouterr().out)
-    figures = json.loads((tmp_path / "f.json").read_text())
-    assert set(figures["mLA"]) == {"all", *figures["AP"]} and isinstance(figures["LAP"], float)
-
-
-def test_question_answering_writes_answers_rates_and_histogram(trained, tmp_path, capsys):
-    assert evaluate.main(["--checkpoint", str(trained[0]), "--formulation", "qa", "--max-new-tokens", "8", "--out",
-                          str(tmp_path), "--json", str(tmp_path / "f.json"), "--device", "cpu"]) == 0
-    printed = capsys.readouterr().out
-    assert table(printed)[2].startswith("| mAP") and "LAP" in printed and "hallucinations in 2 windows" in printed
-    assert {p.name for p in tmp_path.iterdir()} == {"answers.json", "boundaries.png", "f.json", "result-qa.json"}
-    assert set(json.loads((tmp_path / "f.json").read_text())["hallucination"]) == {"fixed", "infinite"}
-    answers = json.loads((tmp_path / "answers.json").read_text())
-    assert [a["video"] for a in answers] == ["test_000", "test_001"] and all(a["text"] is not None for a in answers)
-
-
-def test_groups_and_incomplete_actions(trained, tmp_path, capsys):
-    figures = tmp_path / "f.json"
-    common = ["--checkpoint", str(trained[0]), "--device", "cpu", "--json", str(figures)]
-    assert evaluate.main(common) == 0
-    assert evaluate.main([*common, "--groups", str(figures), "--easy", "0.1", "--hard", "0.1"]) == 0
-    groups = json.loads(figures.read_text())["groups"]
-    assert list(groups) == ["easy", "medium", "hard"] and {row["gain"] for row in groups.values()} <= {0.0, None}
-    assert evaluate.main([*common, "--incomplete"]) == 0
-    assert set(json.loads(figures.read_text())) == {"mConf", "mLen", "acc@0.3", "acc@0.5", "acc@0.7"}
-    assert re.search(r"\d+ incomplete actions in 2 videos", capsys.readouterr().out)
-    (tmp_path / "mine.json").write_bytes((trained[0].parent / "data/incomplete.json").read_bytes())
-    assert evaluate.main([*common, "--incomplete", str(tmp_path / "mine.json")]) == 0
-    assert {p.name for p in tmp_path.iterdir()} == {"f.json", "mine.json"}            # no demo is rendered beside it
-    assert evaluate.main([*common, "--incomplete", str(tmp_path / "nowhere.json")]) == 2
-
-
-@pytest.mark.parametrize("flags", [["--lambda-lang", "generated"], ["--features-used", "language"],
-                                   ["--lang-tokens", "vision"], ["--prompt", "labels"], ["--lambda-adv", "0"]])
-def test_every_ablation_runs_and_can_be_evaluated(features, tmp_path, capsys, flags):
-    assert train.main([*map(str, features[1]), "--out", str(tmp_path), *flags]) == 0
-    printed = capsys.readouterr().out
-    assert evaluate.main(["--checkpoint", str(tmp_path), "--device", "cpu"]) == 0
-    assert table(capsys.readouterr().out) == table(printed)
-
-
 SPY = """
-import os, sys, torch, train
-original = train.train
-def spied(run, *rest):
-    original(run, *rest)
-    torch.save({n: p.detach() for n, p in run.model.state_dict().items()}, f"{sys.argv[1]}/rank{os.environ.get('RANK', 0)}.pt")
-train.train = spied
+import os, sys, torch, train, head, advantage
+folder, noted = sys.argv[1], {"names": [], "positives": [], "frames": [], "losses": []}
+original = dict(train=train.train, positives=head.DetectionHead.update_normalizer, add=advantage.ClassMeans.add,
+                backpropagate=train.TrainingState.backpropagate)
+
+def positives(self, count):
+    noted["positives"].append(int(count))
+    original["positives"](self, count)
+
+def add(self, *frames):
+    noted["frames"].append([x.detach().clone() for x in frames])
+    original["add"](self, *frames)
+
+def backpropagate(self, total, batch, **terms):
+    noted["names"].append((self.epoch, batch.names))
+    noted["losses"].append((self.epoch, total.item()))
+    original["backpropagate"](self, total, batch, **terms)
+
+def spied(model, *rest):
+    state = original["train"](model, *rest)
+    torch.save(dict(noted, model=model.state_dict(), ema=state.ema, mean=model.class_means.mean(), random=torch.rand(1)),
+               f"{folder}/rank{os.environ['RANK']}.pt")
+    return state
+
+head.DetectionHead.update_normalizer, advantage.ClassMeans.add = positives, add
+train.TrainingState.backpropagate, train.train = backpropagate, spied
 sys.exit(train.main(sys.argv[2:]))
 """
 
 
-def test_two_processes_equal_one_with_the_doubled_batch(features, tmp_path):
-    """One window is short and has a short answer: means over frames and tokens are not means of the processes'."""
+def test_two_processes_share_weights_normaliser_and_class_means(features, tmp_path):
+    """torchrun: each has its windows; M, class means, gradients and the log are means over both; the first one writes."""
     (tmp_path / "spy.py").write_text(SPY)
     content = json.loads((features[0] / "annotations.json").read_text())
-    content["database"]["a"] |= {"duration": 1.7, "annotations": [{"label": "Run", "segment": [0.5, 1.2]}]}
-    content["database"]["d"] = content["database"]["c"]
+    for name, source in zip("abcdef", "abcaba"):
+        content["database"][name] = content["database"][source]
+        np.save(tmp_path / f"{name}.npy", np.load(features[0] / f"{source}.npy")[::-1 if name > "c" else 1])
     (tmp_path / "annotations.json").write_text(json.dumps(content))
-    rows = {name: np.load(features[0] / f"{name}.npy") for name in "abc"}
-    for name, array in (rows | {"a": rows["a"][:13], "d": rows["c"][::-1]}).items():
-        np.save(tmp_path / f"{name}.npy", array)
-    flags = [*features[1], "--features", tmp_path, "--annotations", tmp_path / "annotations.json", "--drop-path", 0,
-             "--epochs", 6, "--warmup-epochs", 1, "--lr", 1e-3, "--lr-lm", 1e-3, "--lambda-tg", 1, "--lambda-adv", 1]
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
-    for words in ([*torchrun, tmp_path / "spy.py", tmp_path, *flags, "--batch-size", 1, "--out", tmp_path / "two"],
-                  [tmp_path / "spy.py", tmp_path / "one", *flags, "--batch-size", 2, "--out", tmp_path / "one"]):
-        done = command(*words, env=env)
-        assert done.returncode == 0, done.stderr
-    rows = [[json.loads(line) for line in (tmp_path / out / "log.jsonl").read_text().splitlines()] for out in ("two", "one")]
-    assert len(rows[0]) == 6
-    for a, b in zip(*rows):
-        assert a.get("class_mean") == pytest.approx(b.get("class_mean"), abs=2e-4)
-        a, b = ({name: x for name, x in row.items() if isinstance(x, float) and name != "seconds"} for row in (a, b))
-        assert a == pytest.approx(b, abs=1e-4)
-    first, second, alone = (torch.load(tmp_path / name) for name in ("rank0.pt", "rank1.pt", "one/rank0.pt"))
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    for name in first:
-        torch.testing.assert_close(first[name], alone[name], atol=1e-5, rtol=1e-5, msg=lambda m: f"{name}: {m}")
-    found = [json.loads((tmp_path / out / "result.json").read_text())["results"] for out in ("two", "one")]
-    assert list(found[0]) == list(found[1]) == ["c", "d"]                        # each process has looked at one
-    for name in "cd":
-        scores = [torch.tensor([row["score"] for row in results[name]]) for results in found]
-        torch.testing.assert_close(*scores, atol=1e-4, rtol=1e-4)
+    flags = [*features[1], "--features", tmp_path, "--annotations", tmp_path / "annotations.json", "--epochs", 3,
+             "--warmup-epochs", 1, "--lr", 1e-3, "--lr-lm", 1e-3, "--out", tmp_path / "out"]
+    done = command("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, tmp_path / "spy.py", tmp_path,
+                   *flags, env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
+    for part in ("model", "ema"):
+        assert ranks[0][part].keys() == ranks[1][part].keys() and len(ranks[0][part]) > 20
+        for name, tensor in ranks[0][part].items():
+            assert torch.equal(tensor, ranks[1][part][name]), name
+    assert not torch.equal(ranks[0]["random"], ranks[1]["random"])                  # drop path is not the same in both
+
+    M = 100.0                                                                       # Eq. 6, by hand
+    for counts in zip(ranks[0]["positives"], ranks[1]["positives"], strict=True):
+        M = np.mean([0.9 * M + 0.1 * max(1, count) for count in counts])
+    assert float(ranks[0]["model"]["head.loss_normalizer"]) == pytest.approx(M, rel=1e-5)
+
+    for epoch in range(3):                                                          # 5 windows, the first one twice
+        names = [[name for e, batch in rank["names"] if e == epoch for name in batch] for rank in ranks]
+        assert len(names[0]) == len(names[1]) == 3 and set(names[0] + names[1]) == set("abdef")
+    frames = [batch for rank in ranks for batch in rank["frames"][-3:]]             # of the last epoch, a vision-only one
+    losses, classes, masks = (torch.cat([batch[i].flatten() for batch in frames]) for i in range(3))
+    for c, mean in enumerate(ranks[0]["mean"].tolist()):
+        assert mean == pytest.approx(float(losses[masks & (classes == c)].mean()), rel=1e-4)
+
+    log = [json.loads(line) for line in (tmp_path / "out/log.jsonl").read_text().splitlines()]
+    assert [row["kind"] for row in log] == ["vision-only", "vision-language", "vision-only"]
+    for epoch, row in enumerate(log):
+        means = [np.mean([loss for e, loss in rank["losses"] if e == epoch]) for rank in ranks]
+        assert row["loss"] == pytest.approx(np.mean(means), rel=1e-5) and means[0] != means[1]
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "checkpoint.safetensors", "log.jsonl", "result.json", "report.png", "tiny-lm"}
+    assert done.stdout.count("training: ") == done.stdout.count("| mAP") == 1
+    assert list(json.loads((tmp_path / "out/result.json").read_text())["results"]) == ["c"]
 
 
 def test_accumulated_batches_make_one_step(features, tmp_path):

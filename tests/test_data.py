@@ -30,7 +30,6 @@ from support.sources import choose_videos
 from support.video import open_features, probe, read_frames
 from vlm import NO_ACTION
 
-
 def annotation_file(tmp_path, entry, name="annotations.json"):
     path = tmp_path / name
     path.write_text(json.dumps({"database": {"v": entry}}))

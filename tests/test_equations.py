@@ -25,7 +25,6 @@ from model import aggregate, language_weight
 from train import TrainingState, get_args, vision_language_epoch, vision_only_epoch
 from vlm import NO_ACTION, instruction, prefix_lm_mask, proposal_text
 
-
 def close(actual, expected, **tolerance):
     torch.testing.assert_close(torch.as_tensor(actual), torch.as_tensor(expected), check_dtype=False, **tolerance)
 

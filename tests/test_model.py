@@ -6,7 +6,6 @@ from conftest import feature_batch
 from model import VisionEncoder, aggregate, language_weight
 from support.weights import TINY_VISION
 
-
 def test_eq4_language_weight_by_hand_and_limits():
     weight = language_weight(torch.tensor([[-5.0, 0.0, 1.0, 3.0]]))
     torch.testing.assert_close(weight, torch.tensor([[0.0, 0.0, 0.46211716, 0.90514825]]))      # tanh(A / 2)

@@ -16,7 +16,6 @@ from experiments.question_answering import CUT, generate, parse_proposals
 from support.annotations import Video
 from vlm import ANSWER, NO_ACTION, LanguageModel, proposal_text
 
-
 # ---------------------------------------------------------------- what is read
 def test_eq7_text_round_trip():
     text = proposal_text([[3, 9], [1, 5]], ["Run", "Jump"])
@@ -40,10 +39,9 @@ def test_parse_proposals_takes_an_endless_answer(part):
 def test_hallucination_rates_by_hand():
     texts = ["Run: 1-5.", "Run: 1-5.", "Run: 2-5, Run: 2-5, Run: 2-5.", "Jump: 9-3.", "Jump: 3-12.", "Jump: 3-9" + CUT,
              "No action.", "No action.", "Jump: 2-3, Run: 2-3.", "\x00\ud83d ::"]
-    proposals = [parse_proposals(text, ["Run", "Jump"]) for text in texts]
-    rates = question_answering.hallucination_rates(texts, proposals, [10] * len(texts))
+    answers = [dict(text=text, proposals=parse_proposals(text, ["Run", "Jump"]), length=8) for text in texts]
+    rates = question_answering.hallucination_rates(answers, beyond=2)
     assert rates == {"fixed": 0.4, "infinite": 0.2}                      # 0, 1, 3, 4, and 2, 5
-    assert question_answering.hallucination_rates([], [], []) == {"fixed": 0, "infinite": 0}
 
 
 # ---------------------------------------------------------------- what is written

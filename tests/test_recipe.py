@@ -19,7 +19,6 @@ from head import DetectionHead, Output, pyramid_points
 from support.annotations import Video
 from train import lr_factor, parameter_groups
 
-
 def golden(name):
     if not (GOLDEN / "misc" / name).exists():
         pytest.skip("../shared/golden is absent")

@@ -13,10 +13,10 @@ import time
 from pathlib import Path
 
 import numpy as np
-import peft                                                     # noqa: F401, once for all processes that `start` forks
+import peft  # noqa: F401, once for all processes that `start` forks
 import pytest
 import torch
-from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM             # noqa: F401, the same
+from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM  # noqa: F401, the same
 
 import data
 import train

@@ -18,7 +18,6 @@ from support.presets import FEATURE_PRESETS, PRESETS
 from support.weights import TINY_VISION
 from train import TrainingState, lr_factor, vision_language_epoch, vision_only_epoch
 
-
 def flags(*more):
     return train.get_args(["--dataset", "custom", "--features", "f", "--annotations", "a", "--descriptions", "d",
                            "--device", "cpu", "--epochs", "4", "--warmup-epochs", "1", "--lr", "1e-2", "--lr-lm", "1e-2",

@@ -12,7 +12,6 @@ import vlm
 from support.annotations import InputError
 from vlm import LanguageModel, instruction, prefix_lm_mask, proposal_text
 
-
 def make(lm_folder, seed=0, **kwargs):
     torch.manual_seed(seed)
     model = LanguageModel(lm_folder, CLASSES, lora_rank=4, lora_alpha=8, **kwargs).eval()
