@@ -3,7 +3,6 @@
 How much did language lower the loss of each frame? A vision-only epoch fills `ClassMeans`. The
 vision-language epoch after it compares the loss of each frame with the mean of its class (Eq. 1),
 and trains a linear layer on the hidden state of [adv] to predict the difference (Eq. 2, 3).
-Dimensions: B batch, L frames of a window, D feature width, C classes, N segments.
 """
 import torch
 from torch import nn

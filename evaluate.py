@@ -6,7 +6,6 @@
 
 The last line scores the result file of any model. Both files are in ActivityNet's format, and so is
 the protocol, as docs/benchmarks.md describes it in detail. Times are in seconds.
-
 Dimensions: T tIoU thresholds, C classes, M detections, N segments.
 """
 import importlib

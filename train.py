@@ -276,13 +276,14 @@ def build_model(args, config):
     return model.to(args.device)
 
 def dry_run(model, training_set, args):
-    """Print how large the model is, and run one step; writes nothing."""
-    summary.describe_size(model, args)
+    """Run two steps, the second with AdamW's moments in memory; writes nothing."""
     training_set.items = training_set.items[:args.batch_size]
     state = TrainingState(model, args, batches_per_epoch=1)
     epoch = vision_only_epoch if model.language is None else vision_language_epoch
-    epoch(model, state.batches(training_set), state.backpropagate)
-    print("one step: " + "  ".join(f"{name} {value:.4f}" for name, value in state.sums.items()))
+    for _ in range(2):
+        state.sums, state.batches_done = {}, 0
+        epoch(model, state.batches(training_set), state.backpropagate)
+    summary.describe_step(model, args, state.sums)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -10,8 +10,8 @@ Left of the bar, frames-first tokens see each other in both directions (a prefix
 Under a causal mask no special token could see a description that follows it. The answer T_pred is
 causal, and no other token sees it. Text-first has an ordinary causal mask.
 
-Dimensions: B batch, L frames of a window, D hidden width of the language model, T tokens of the
-prompt, A tokens of the answer, N tokens of the whole sequence, n tokens that one call reads.
+Dimensions beside those of model.py: T tokens of the prompt, A of the answer, N of the whole
+sequence, n that one call reads.
 """
 from contextlib import nullcontext
 from typing import NamedTuple

@@ -1,14 +1,6 @@
 """experiments/ablations.py - the rows of Tables 2, 4 and 9, each a change to a finished model.
 
-    python train.py --ablation only-language     # Table 2: F_lang alone in Eq. 5
-    python train.py --ablation labels-only       # Table 9 (a): no descriptions in the prompt
-    python train.py --ablation vision-tokens     # Table 9 (b): features from the vision tokens
-    python train.py --ablation shared-token      # Table 9 (b): one token for cls, loc and adv
-    python train.py --ablation without-tg        # Table 9 (c): no text generation loss
-    python train.py --ablation without-adv       # Table 4: learnable lambda without L_adv
-    python train.py --lambda-lang 0.4            # Table 4: a fixed weight
-    python train.py --lambda-lang generated      # Table 4: a weight that the language model says
-
+`train.py --ablation` takes a name of ABLATIONS, below; `--lambda-lang` a weight, or "generated".
 `--lambda-lang 0`, vision only, needs no change: there is no language model then.
 """
 import torch

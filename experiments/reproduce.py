@@ -3,8 +3,7 @@
     python -m experiments.reproduce --out out-tables                      # the demo, seeds 0 1 2
     python -m experiments.reproduce --out out-tables --only 2 4 --seeds 0 -- --dataset custom ...
 
-Every run trains and scores a model in OUT/NAME-seedS. A run whose figures are there is not
-repeated, and a run that was stopped goes on. The report is OUT/report.md.
+A run whose figures are there is not repeated, and one that was stopped goes on.
 """
 import json
 import os

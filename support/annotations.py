@@ -1,7 +1,4 @@
-"""support/annotations.py - text files from outside -> Video: annotations, descriptions, scores.
-
-Every format is checked here, once; a mistake is an InputError.
-"""
+"""support/annotations.py - annotations, descriptions, scores of others, each checked once."""
 import csv
 import gzip
 import json
@@ -45,16 +42,10 @@ class Video:
     path: Path | None = None                                                # video or feature file
 
 def load_annotations(path, labels: str = "verb", notes: list | None = None) -> list:
-    """Annotation files -> list of Video, in the order of the file. `path` is one of
+    """Annotation files (docs/data.md lists the formats) -> list of Video, in their order.
 
-    * JSON in ActivityNet's format, plain or gzip: `{"database": {name: {"subset", "duration"
-      (s), "fps" (0 = ask the file), "annotations": [{"label", "segment": [start, end] (s)}]}}}`;
-    * val_Annotation.csv or test_Annotation.csv of THUMOS14, with *_video_info.csv beside it;
-    * EPIC_100_train.csv or EPIC_100_validation.csv, with video_info, verb_classes and
-      noun_classes beside it; `labels`, "verb" or "noun", chooses one of the two;
-    * the folder of such csv files.
-
-    `notes` receives a sentence on every kind of change by `tidy`. Raises InputError.
+    labels: "verb" or "noun", of EPIC-Kitchens-100. `notes` receives a sentence on every kind of
+    change by `tidy`. Raises InputError.
     """
     videos, found = [], Counter()
     for file in annotation_files(path):

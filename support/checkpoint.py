@@ -18,11 +18,8 @@ from support.processes import rank, world_size
 FILES = ("checkpoint.safetensors", "log.jsonl", "result.json", "report.png")   # of a run, in --out
 
 def save_checkpoint(path: Path, state) -> None:
-    """Write a train.TrainingState as one safetensors file.
-
-    It counts windows, not batches, so that a run can go on with another --batch-size. Random state
-    and sums are those of the first process.
-    """
+    """Write a train.TrainingState as one safetensors file, with the first process's random state.
+    It counts windows, not batches, so that a run can go on with another --batch-size."""
     tensors = {f"model.{name}": tensor for name, tensor in model_state(state.model).items()}
     tensors.update({f"ema.{name}": tensor for name, tensor in state.ema.items()})
     for name, parameter in trained_parameters(state.model):
@@ -46,7 +43,7 @@ def resume(path: Path, state) -> None:
     for run, flags in ((ours, args), (theirs, saved.args)):
         run["lm"] = Path(run["lm"]).name                            # its folder may have moved
         run.update(ablation=flags.ablation, lambda_lang=flags.lambda_lang)
-    differ = [key for key in ours if ours[key] != theirs.get(key)]
+    differ = [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
     expect(not differ, path, "the configuration of this run", f"another in {', '.join(differ)}",
            "use the flags of the first run, or another --out")
     restore(state.model, path, part(saved.tensors, "model."))
@@ -71,11 +68,8 @@ def resume(path: Path, state) -> None:
         write_log(log, [row for row in read_log(log) if row["epoch"] <= state.epoch])
 
 def read_checkpoint(path, lm: str | None = None) -> argparse.Namespace:
-    """Read a checkpoint of train.py: its config, args, progress and tensors.
-
-    The language model is expected in the folder `lm`, else beside the checkpoint or where it was.
-    Raises InputError for any other file.
-    """
+    """Read a checkpoint: config, args, progress, tensors. InputError for any other file. The
+    language model is expected in the folder `lm`, else beside the checkpoint or where it was."""
     try:
         with safe_open(str(path), framework="pt") as file:
             header = file.metadata() or {}
@@ -151,10 +145,8 @@ def write_log(path: Path, rows: list) -> None:
 
 @contextmanager
 def written_whole(path):
-    """Yields a name beside `path` to write to, and renames it once it is on the disk.
-
-    There is never half a file: InputError where it cannot be written (full disk, no permission).
-    """
+    """Yields a name beside `path` to write to, and renames it once it is on the disk: there is
+    never half a file. InputError where it cannot be written (full disk, no permission)."""
     path = Path(path)
     beside = path.with_name(f"partial-{path.name}")         # keeps the suffix, which savefig reads
     try:
@@ -182,10 +174,8 @@ class Stopped(BaseException):
         self.code = 128 + number
 
 class StopSignals:
-    """While entered, the first SIGINT or SIGTERM is noted, for a step to end first.
-
-    A second one ends the process. Among several processes, which wait for each other, both do.
-    """
+    """While entered, the first SIGINT or SIGTERM is noted, for a step to end first; the second
+    ends the process. Among several processes, which wait for each other, both do."""
 
     def __init__(self):
         self.received, self.before = 0, {}

@@ -13,9 +13,7 @@ LOSSES = {"loss_cls": "classification (focal)", "loss_loc": "localization (DIoU)
 
 def report(path, log: list, videos: list, detections, descriptions: dict) -> None:
     """Loss curves (log: rows of log.jsonl) and the timelines of the first two test videos.
-
-    detections: evaluate.Detections. descriptions: {label: sentence}.
-    """
+    detections: evaluate.Detections. descriptions: {label: sentence}."""
     figure = matplotlib.figure.Figure(figsize=(13, 13.6), layout="constrained")
     top, *rows = figure.subfigures(3, 1, height_ratios=[3.6, 5, 5])
     loss_curves(top, log)

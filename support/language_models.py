@@ -14,9 +14,7 @@ transformers.logging.set_verbosity_error()      # it would list the tensors of I
 
 def language_config(folder):
     """Read transformers' configuration of a language model, also of the one inside an InternVL.
-
-    folder: a path, or a name on the Hugging Face hub. Raises InputError.
-    """
+    folder: a path, or a name on the Hugging Face hub. Raises InputError."""
     try:
         content = transformers.PretrainedConfig.get_config_dict(folder)[0]
         if not content:
@@ -116,9 +114,7 @@ def first_line(error: Exception) -> str:
 
 def make_tiny_lm(folder, texts, dim=128) -> None:
     """Write a small random Qwen2 and a byte-level BPE tokenizer of texts, where no model is yet.
-
-    The model knows nothing. It lets the whole method run, and be tested, without a download.
-    """
+    It knows nothing, and lets the whole method run, and be tested, without a download."""
     if (Path(folder) / "config.json").exists():
         return
     end = "<|endoftext|>"

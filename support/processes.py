@@ -1,4 +1,4 @@
-"""support/processes.py - several processes under torchrun; nothing of it works in one process."""
+"""support/processes.py - several processes under torchrun; a single process needs none of it."""
 import os
 import sys
 from contextlib import contextmanager

@@ -16,10 +16,7 @@ TIOU = [0.3, 0.4, 0.5, 0.6, 0.7]
 
 def load_ground_truth(path, subset: str) -> dict:
     """The videos of one subset, named in any case, of an ActivityNet-format file, plain or gzip.
-
-    Videos without segments are kept. Raises InputError for a file that cannot be read or has
-    another format, and for a subset without segments.
-    """
+    Raises InputError for a file of another format, and for a subset without segments."""
     ground_truth, subsets = {}, Counter()
     for video, entry in read_field(path, "database").items():
         where = f"{path}: database/{video}"
@@ -115,5 +112,5 @@ def by_class(entries: dict) -> dict:
     return rows
 
 def count(entries: dict) -> int:
-    """Number of segments in ground truth or predictions."""
+    """Number of segments."""
     return sum(len(entry["labels"]) for entry in entries.values())

@@ -11,10 +11,7 @@ VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov")
 
 def choose_videos(videos: list, subset: str, args, notes: list) -> list:
     """The videos of a subset, named in any case, with path and fps, by train.py's flags.
-
-    The file of a video is NAME or, as in ActivityNet, v_NAME, with a suffix. --leave-out takes
-    videos away, and --skip-missing those without a file, with a sentence on them in `notes`.
-    """
+    --skip-missing leaves out those without a file NAME or v_NAME; `notes` names them."""
     chosen = [v for v in videos if v.subset.lower() == subset.lower()]
     chosen = [v for v in chosen if v.name not in args.leave_out]
     expect(chosen, args.annotations, f"videos of subset '{subset}' beside those of --leave-out",

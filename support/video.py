@@ -29,11 +29,8 @@ def read_frames(path, times: np.ndarray, short_side: int) -> np.ndarray:
     return np.stack(frames + [last] * missing)
 
 def decode_frames(container, times: np.ndarray, short_side: int) -> tuple:
-    """Decode an open file until every time has its frame.
-
-    Returns (frames found for the first of the times, the last decoded frame or None, its time
-    in seconds). Frames are (h, w, 3) uint8. Raises TypeError for frames out of order.
-    """
+    """Decode an open file until every time has its frame -> (frames of the first of the times, the
+    last decoded frame or None, its second). Raises TypeError for frames out of order."""
     from av.video.reformatter import VideoReformatter
     scaler = VideoReformatter()                      # one for all frames: making one costs most
     stream = container.streams.video[0]

@@ -49,9 +49,7 @@ LAYOUTS = {"videomae": [ORIGINAL_VIDEOMAE, FOLDER_VIDEOMAE], "internvit": [ORIGI
 
 def vision_config(path, image_size: int) -> dict:
     """Describe a published encoder by plain values for Config.vision (see build_encoder).
-
-    image_size: side of our frames, pixels. Raises InputError, also if patches do not fill it.
-    """
+    image_size: side of our frames, pixels. Raises InputError, also if patches do not fill it."""
     config = folder_config(Path(path)) if Path(path).is_dir() else file_config(path)
     patch = config["patch_size"]
     smaller = image_size // patch * patch
@@ -151,9 +149,7 @@ def find_layout(path, tensors: dict, layouts: list) -> tuple:
 
 def vision_tensors(path, kind: str, expected: dict) -> tuple:
     """Read (weights under the names of our module, names of tensors that are left out by design).
-
-    expected: state_dict of our module. InputError names a tensor that is missing or does not fit.
-    """
+    expected: state_dict of our module. InputError names a tensor that is missing or misshapen."""
     tensors = read_tensors(path)
     prefix, layout = find_layout(path, tensors, LAYOUTS[kind])
     weights, unused = {}, dict.fromkeys(tensors)

@@ -206,7 +206,7 @@ def test_dry_run_says_what_it_found_and_trains_nothing(demo, tmp_path, capsys):
     for part in ("head", "vision", "lm"):
         assert f"{part} " in printed and "(lr " in printed
     assert re.search(r"tokens of a window: 512 for 128 frames \+ \d+ for the prompt = \d+", printed)
-    assert "memory, about: frozen weights" in printed and "one step: loss" in printed and "loss_adv" in printed
+    assert "peak memory of this process: " in printed and "one step: loss" in printed and "loss_adv" in printed
     assert {p.name for p in tmp_path.iterdir()} == {"tiny-lm"}
 
 
