@@ -20,7 +20,7 @@ from tqdm import tqdm
 from data import batch_loader, grid_to_seconds, load_data, make_dataset
 from head import decode, soft_nms, vote_segments
 from model import ActionVLM, Config
-from support import checkpoint, commands, figures, results
+from support import checkpoint, commands, figures, flags, results
 from support.annotations import InputError, load_external_scores
 from support.sources import single_video
 
@@ -256,7 +256,7 @@ def score_files(args):
     """Prints the table of one result file."""
     ground_truth = results.load_ground_truth(args.ground_truth, args.subset)
     predictions = results.load_predictions(args.predictions)
-    tiou = args.tiou or results.TIOU
+    tiou = args.tiou or flags.TIOU
     for note in results.doubts(ground_truth, predictions):
         print(f"note: {note}", file=sys.stderr)
     result = mean_average_precision(ground_truth, predictions, tiou)

@@ -1,11 +1,11 @@
-"""benchmark.py - how long the parts take, beside the figures of other implementations.
+"""experiments/benchmark.py - how long the parts take, beside other implementations.
 
     python -m experiments.benchmark detector              # metric, soft-NMS, detection head
     python -m experiments.benchmark full-size             # the paper's models, random weights
     python -m experiments.benchmark efficiency            # Table 6: the cost of language
 
-Inputs are random but seeded. A figure is the median of five runs after one that warms up; of one
-run with `--size full` on a CPU, which takes 20 GB and an hour. Exit code 1: a row missed its limit.
+A figure is the median of five runs after one that warms up; of one run with `--size full` on a
+CPU, which takes 20 GB and an hour. Exit code 1: a row missed its limit.
 """
 import argparse
 import re
@@ -136,31 +136,48 @@ def head_problem(training, length=2304, dim=2048, classes=20):
     call = step if training else infer
     return [partial(call, our_head.DetectionHead.forward), partial(call, plain_forward)]
 
-def plain_forward(head, f_cls, f_loc, mask):
-    """`DetectionHead.forward` in ActionFormer's arithmetic: tensors lie in memory as (B, W, L), and
-    convolutions and linear layers are F.conv1d. Attention is ours."""
-    def norm(layer, x):
-        x = x.mT - x.mT.mean(1, keepdim=True)
+def plain_forward(head, f, _, mask):
+    """`DetectionHead.forward` in the arithmetic of ActionFormer's code: tensors (B, W, L), conv1d
+    for every layer, LayerNorm from elementary operations. Attention is ours."""
+    def norm(x, layer):
+        x = x - x.mean(1, keepdim=True)
         x = x / torch.sqrt((x ** 2).mean(1, keepdim=True) + layer.eps)
-        return (x * layer.weight[:, None] + layer.bias[:, None]).mT
+        return x * layer.weight[:, None] + layer.bias[:, None]
 
-    def conv(layer, x):
-        return F.conv1d(x.mT, layer.weight, layer.bias, layer.stride, 1, groups=layer.groups).mT
+    def conv(x, m, layer):
+        stride = layer.stride[0]
+        return F.conv1d(x, layer.weight, layer.bias, stride, 1, 1, layer.groups) * m[..., ::stride]
 
-    def linear(layer, x):
-        return F.conv1d(x.mT, layer.weight[..., None], layer.bias).mT
+    def point(x, layer):
+        return F.conv1d(x, layer.weight[..., None], layer.bias)
 
-    def pool(x, mask):
-        return F.max_pool1d(x.mT, 3, stride=2, padding=1).mT * mask[:, ::2, None]
+    def block(x, m, own):
+        y, m_out, part = norm(x, own.norm_attention), m[..., ::own.stride], own.attention
+        qkv = [point(norm(conv(y, m, c), n), w).mT.contiguous()
+               for c, n, w in zip(part.conv, part.norm, part.linear)]
+        y = our_head.attend(*qkv, m_out[:, 0] > 0, part.num_heads, part.window).mT.contiguous()
+        skip = x if own.stride == 1 else F.max_pool1d(x, 3, 2, 1)
+        x = skip * m_out + own.scale_attention[:, None] * (point(y, part.out) * m_out)
+        y = point(F.gelu(point(norm(x, own.norm_mlp), own.mlp[0])), own.mlp[2]) * m_out
+        return x + own.scale_mlp[:, None] * y
 
-    def attend(q, k, v, *rest, ours=our_head.attend):
-        return ours(q.contiguous(), k.contiguous(), v.contiguous(), *rest)
+    def convs(x, m, layers, norms):
+        for layer, n in zip(layers, norms):
+            x = F.relu(norm(conv(x, m, layer), n))
+        return x
 
-    with (patch.multiple(our_head, attend=attend, max_pool=pool),
-          patch.object(our_head.Conv, "forward", conv),
-          patch.object(torch.nn.LayerNorm, "forward", norm),
-          patch.object(torch.nn.Linear, "forward", linear)):
-        return head(f_cls, f_loc, mask)
+    pyramid, ms = head.pyramid, [mask[:, None].float()]
+    xs = [convs(f.mT.contiguous(), ms[0], pyramid.embed, pyramid.embed_norm)]
+    for own in (*pyramid.stem, *pyramid.branch):
+        xs = (xs if own.stride == 2 else []) + [block(xs[-1], ms[-1], own)]
+        ms = ms + [ms[-1][..., ::2]] if own.stride == 2 else ms
+    logits, offsets = [], []
+    for x, m, n, scale in zip(xs, ms, pyramid.level_norm, head.scales):
+        x, cls, loc = norm(x, n), head.cls_head, head.loc_head
+        logits.append(conv(convs(x, m, cls.hidden, cls.norm), m, cls.out).mT)
+        offsets.append(F.relu(scale * conv(convs(x, m, loc.hidden, loc.norm), m, loc.out)).mT)
+    points = our_head.pyramid_points(f.size(1), head.strides, head.ranges)
+    return our_head.Output(logits, offsets, points, [m[:, 0] > 0 for m in ms])
 
 def full_size(args):
     """Rows of memory and time of models, in training and inference."""

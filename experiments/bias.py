@@ -133,8 +133,8 @@ def score_incomplete(args) -> None:
     """Print the row of Table 5."""
     model, train_args, _ = open_checkpoint(args)
     if not args.incomplete and train_args.dataset != "demo":
-        raise InputError(f"--incomplete: expected an annotation file, found {args.checkpoint} trained "
-                         f"on other data than the demo; give FILE")
+        raise InputError(f"--incomplete: expected an annotation file, found none: "
+                         f"{args.checkpoint} is not of the demo; give FILE")
     clips = Namespace(**vars(train_args))
     clips.train_subset = clips.test_subset = "incomplete"
     clips.dataset = "custom" if args.incomplete else "demo"

@@ -78,12 +78,9 @@ def annotation_files(path) -> list:
     return files
 
 def tidy(video: Video, where: str, found: Counter) -> Video:
-    """The video without segments that cannot be learned; `found` counts every change.
-
-    Dropped are: the label "Ambiguous" (any case), length zero, and copies (same label, start and
-    end within 1e-3 s). A segment past the end of the video is cut to it. One that begins after
-    the end stays: no window shows it, and the metric, as THUMOS14's own, counts it as missed.
-    """
+    """The video without segments that cannot be learned; `found` counts every change. Copies have
+    one label, and starts and ends within 1e-3 s. A segment that begins after the end stays: no
+    window shows it, and the metric, as THUMOS14's own, counts it as missed."""
     duration, segments, labels = video.duration, video.segments, np.array(video.labels, object)
     expect(0 < duration <= 1e6, where, "a duration above 0 s (to 1e6 s)", f"{duration:g}")
     expect(0 <= video.fps <= 1000, where, "an fps of 0 (not known) to 1000", f"{video.fps:g}")
@@ -199,9 +196,7 @@ def read_segments(where: str, entries, *more: str) -> dict:
 
 def load_external_scores(path, classes: list, videos: list) -> dict:
     """Another model's scores of whole videos (CUHK's of ActivityNet) -> {video: (C,) float32}.
-
-    The file is JSON: `{"results": {video, or "v_" + video: [K scores]}, "class": [K names]}`.
-    """
+    The file is JSON: `{"results": {video, or "v_" + video: [K scores]}, "class": [K names]}`."""
     content = read_json(path, "results", "class")
     names = content["class"]
     scores = {name.removeprefix("v_"): row for name, row in content["results"].items()}

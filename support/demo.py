@@ -56,11 +56,9 @@ def demo_script(rng, complete: bool = True) -> tuple:
     return np.array(states), annotations
 
 def demo_action(label: str, u: np.ndarray) -> np.ndarray:
-    """An action at its phases u (T,), from 0 (begins) to 1 (ends) -> states (T, 7).
-
-    A state is: knee bend, left arm, right arm (radians from hanging down), leg spread; x and y
-    of the ball relative to the right hand, and 1 where the ball is visible.
-    """
+    """An action at its phases u (T,), from 0 (begins) to 1 (ends) -> states (T, 7): knee bend, left
+    arm, right arm (radians from hanging down), leg spread; x and y of the ball relative to the
+    right hand, and 1 where the ball is visible."""
     if label in BACKWARDS:
         return demo_action(BACKWARDS[label], 1 - u)
     bend, left, right, spread, ball_x, ball_y, visible = 0, 0.3, 0.3, 0.15, 0, 0, 0
@@ -84,9 +82,7 @@ def demo_action(label: str, u: np.ndarray) -> np.ndarray:
 
 def render(states: np.ndarray, rng) -> np.ndarray:
     """Draw the figure at random place, scale and colours -> frames (T, SIZE, SIZE, 3) uint8.
-
-    Points are complex numbers (T,): x + 1j * y in pixels.
-    """
+    Points are complex numbers (T,): x + 1j * y in pixels."""
     bend, left, right, spread, ball_x, ball_y, visible = states.T
     unit = SIZE * rng.uniform(0.26, 0.3)                              # length of the torso, pixels
     side = rng.choice([-1, 1])                                        # which way the figure looks

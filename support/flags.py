@@ -6,6 +6,7 @@ import torch
 from support.presets import PRESETS, get_preset
 from support.weights import TINY_VISION
 
+TIOU = [0.3, 0.4, 0.5, 0.6, 0.7]
 ABLATIONS = ("only-language", "labels-only", "vision-tokens", "shared-token", "without-tg",
              "without-adv")
 HEADS = 4                       # attention heads of the detection head
@@ -52,8 +53,7 @@ def model_flags(flag):
          help="of frozen weights and of encoder's and language model's arithmetic")
     flag("--lora-rank", type=integer(1), default=128, help="rank of the LoRA matrices")
     flag("--lora-alpha", type=real(), default=256, help="LoRA scale times rank")
-    flag("--layout", choices=["frames-first", "text-first"], default="frames-first",
-         help="order of the tokens, see vlm.py")
+    flag("--layout", choices=["frames-first", "text-first"], default="frames-first", help="vlm.py")
     flag("--lambda-lang", type=lambda_lang, default="learned", metavar="{learned,generated,0..1}",
          help="weight of language: Eq. 4, or a row of Table 4 (0 = vision only)")
     flag("--ablation", choices=ABLATIONS, help="a row of Tables 2, 4, 9: experiments/ablations.py")
@@ -83,8 +83,7 @@ def run_flags(flag):
     flag("--resume", action="store_true", help="go on from OUT/checkpoint.safetensors")
     flag("--overwrite", action="store_true", help="start over in a folder that holds a run")
     flag("--save-every", type=integer(), default=200, help="steps between checkpoints (0 = epochs)")
-    flag("--tiou", type=real(ABOVE_0, 1), nargs="+", default=[0.3, 0.4, 0.5, 0.6, 0.7],
-         help="tIoU thresholds of the evaluation")
+    flag("--tiou", type=real(ABOVE_0, 1), nargs="+", default=TIOU, help="thresholds of the score")
     flag("--nms-sigma", type=real(ABOVE_0), default=0.5, help="sigma of soft-NMS")
     flag("--voting", type=real(0, 1), default=0.0, help="tIoU of segment voting (0 = off)")
     flag("--max-per-video", type=integer(), default=200, help="most detections (0 = no limit)")

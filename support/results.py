@@ -12,8 +12,6 @@ import numpy as np
 from support.annotations import check_fields, expect, first_ten, read_field, read_segments
 from support.checkpoint import written_whole
 
-TIOU = [0.3, 0.4, 0.5, 0.6, 0.7]
-
 def load_ground_truth(path, subset: str) -> dict:
     """The videos of one subset, named in any case, of an ActivityNet-format file, plain or gzip.
     Raises InputError for a file of another format, and for a subset without segments."""

@@ -99,10 +99,8 @@ def folder_config(folder: Path) -> dict:
 
 def build_encoder(config: dict) -> tuple[torch.nn.Module, int, int]:
     """Build (module of transformers, frames of a clip, frames of a step in time), without weights.
-
     config: kind ("videomae", the default, or "internvit"), fields of its class in transformers,
-    and pretrained_image_size, whose grid of positions is interpolated (default: image_size).
-    """
+    and pretrained_image_size, whose grid of positions is interpolated (default: image_size)."""
     config = dict(config, use_mean_pooling=True)               # no norm after the layers
     kind = config.pop("kind", "videomae")
     pretrained = config.pop("pretrained_image_size", None)
@@ -178,10 +176,7 @@ def vision_tensors(path, kind: str, expected: dict) -> tuple:
 
 def read_tensors(path) -> dict:
     """Read {name: tensor} of a .pth, .pt, .bin or .safetensors file, or of a Hugging Face folder.
-
-    A level "module", "model" or "state_dict" is taken off. InputError for a file that is missing,
-    cut short, or pickles anything but tensors and plain values.
-    """
+    InputError for a file that is missing, cut short, or pickles more than tensors and values."""
     path, tensors = Path(path), {}
     if path.is_dir():
         files = sorted(path.glob("model*.safetensors")) or sorted(path.glob("pytorch_model*.bin"))
