@@ -3,7 +3,7 @@
     python train.py                                 # the demo: minutes on a CPU
     python train.py --dataset custom --features DIR --annotations FILE --descriptions FILE
     python train.py --dataset custom --videos DIR --annotations FILE --descriptions FILE
-    python train.py ... --dry-run                   # load everything, run one step, write nothing
+    python train.py ... --dry-run                   # load everything, run two steps, write nothing
     python train.py ... --resume                    # go on from the checkpoint in --out
     torchrun --nproc_per_node 4 train.py ...        # on several GPUs; --batch-size is of each
 

@@ -279,5 +279,5 @@ def check_fields(where, entry, *fields: str) -> None:
 def first_ten(names) -> str:
     """Names for a message."""
     names = list(names)
-    text = ", ".join(names[:10]) or "none"
-    return text if len(names) <= 10 else f"{text} and {len(names) - 10} more"
+    more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+    return (", ".join(names[:10]) or "none") + more

@@ -27,7 +27,7 @@ def train_args(description: str, argv=None) -> argparse.Namespace:
     return args
 
 def data_flags(flag):
-    flag("--dataset", choices=sorted(PRESETS), default="demo", help="preset, support/presets.py")
+    flag("--dataset", choices=sorted(PRESETS), default="demo", help="preset: support/presets.json")
     flag("--videos", help="folder of video files named as in the annotations: end to end")
     flag("--features", help="folder of NAME.npy (T, V), instead of --videos")
     flag("--annotations", help="ActivityNet-format JSON, or csv of THUMOS14 or EPIC-Kitchens")
@@ -53,7 +53,8 @@ def model_flags(flag):
          help="of frozen weights and of encoder's and language model's arithmetic")
     flag("--lora-rank", type=integer(1), default=128, help="rank of the LoRA matrices")
     flag("--lora-alpha", type=real(), default=256, help="LoRA scale times rank")
-    flag("--layout", choices=["frames-first", "text-first"], default="frames-first", help="vlm.py")
+    flag("--layout", choices=["frames-first", "text-first"], default="frames-first",
+         help="order of the tokens, see vlm.py")
     flag("--lambda-lang", type=lambda_lang, default="learned", metavar="{learned,generated,0..1}",
          help="weight of language: Eq. 4, or a row of Table 4 (0 = vision only)")
     flag("--ablation", choices=ABLATIONS, help="a row of Tables 2, 4, 9: experiments/ablations.py")
@@ -93,7 +94,7 @@ def run_flags(flag):
     flag("--grad-checkpoint", choices=["on", "off"], default="on" if gpu else "off",
          help="compute activations of encoder and language model again: less memory, more time")
     flag("--compile", action="store_true", help="compile their layers; needs a C compiler")
-    flag("--dry-run", action="store_true", help="load everything, say what was found, run a step")
+    flag("--dry-run", action="store_true", help="load everything, say what was found, run 2 steps")
 
 def integer(low: int = 0, high: int = 10 ** 9, kind=int, what="a whole number"):
     """argparse type: a whole number from low to high."""
