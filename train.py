@@ -141,8 +141,8 @@ class TrainingState:
             group["lr"] = group["base_lr"] * factor
         self.optimizer.step()              # skips parameters without gradient: language, in turn
         self.optimizer.zero_grad()
-        for name, parameter in checkpoint.trained_parameters(self.model):
-            if self.args.ema:
+        if self.args.ema:
+            for name, parameter in checkpoint.trained_parameters(self.model):
                 self.ema[name].lerp_(parameter.detach(), 1 - self.args.ema)
         self.step += 1
         stop = self.signals is not None and self.signals.received

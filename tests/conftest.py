@@ -53,3 +53,20 @@ def feature_batch(lengths, L=None, V=8, seed=0, segments=None, labels=None):
     answers = [vlm.proposal_text(s.tolist(), [names[i] for i in y.tolist()]) for s, y in zip(segments, labels)]
     return Batch(inputs, mask, segments, labels, frame_classes(segments, labels, L, len(names)), answers,
                  [f"clip {b}" for b in range(len(lengths))], windows=[])
+
+
+def language_model(lm_folder, seed=0, **kwargs):
+    torch.manual_seed(seed)
+    model = vlm.LanguageModel(lm_folder, CLASSES, lora_rank=4, lora_alpha=8, **kwargs).eval()
+    for name, parameter in model.named_parameters():                # LoRA's B starts at 0: make it count
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def language_inputs(lengths=(8,), L=8, D=32, seed=0):
+    """(f_vis, mask) of random clips."""
+    generator = torch.Generator().manual_seed(seed)
+    f = torch.randn(len(lengths), L, D, generator=generator)
+    mask = torch.arange(L)[None] < torch.tensor(lengths)[:, None]
+    return f * mask[..., None], mask

@@ -8,13 +8,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import CLASSES
+from conftest import language_inputs as inputs
+from conftest import language_model as make
 
 import train
 from data import TALDataset
 from experiments import question_answering
 from experiments.question_answering import CUT, generate, parse_proposals
 from support.annotations import Video
-from vlm import ANSWER, NO_ACTION, LanguageModel, proposal_text
+from vlm import ANSWER, NO_ACTION, proposal_text
 
 # ---------------------------------------------------------------- what is read
 def test_eq7_text_round_trip():
@@ -45,22 +47,6 @@ def test_hallucination_rates_by_hand():
 
 
 # ---------------------------------------------------------------- what is written
-def make(lm_folder, seed=0, **kwargs):
-    torch.manual_seed(seed)
-    model = LanguageModel(lm_folder, CLASSES, lora_rank=4, lora_alpha=8, **kwargs).eval()
-    for name, parameter in model.named_parameters():                # LoRA's B starts at 0: make it count
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
-    return model
-
-
-def inputs(lengths=(8,), L=8, D=32, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    f = torch.randn(len(lengths), L, D, generator=generator)
-    mask = torch.arange(L)[None] < torch.tensor(lengths)[:, None]
-    return f * mask[..., None], mask
-
-
 ANSWERS = ["Jump: 1-5, Run: 6-7.", "Run: 2-4."]
 
 

@@ -6,27 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import CLASSES
+from conftest import language_inputs as inputs
+from conftest import language_model as make
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import vlm
 from support.annotations import InputError
-from vlm import LanguageModel, instruction, prefix_lm_mask, proposal_text
-
-def make(lm_folder, seed=0, **kwargs):
-    torch.manual_seed(seed)
-    model = LanguageModel(lm_folder, CLASSES, lora_rank=4, lora_alpha=8, **kwargs).eval()
-    for name, parameter in model.named_parameters():                # LoRA's B starts at 0: make it count
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
-    return model
-
-
-def inputs(lengths=(8,), L=8, D=32, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    f = torch.randn(len(lengths), L, D, generator=generator)
-    mask = torch.arange(L)[None] < torch.tensor(lengths)[:, None]
-    return f * mask[..., None], mask
-
+from vlm import instruction, prefix_lm_mask, proposal_text
 
 def test_instruction_holds_every_label_with_its_description():
     text = instruction(CLASSES)
