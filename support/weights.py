@@ -1,7 +1,7 @@
 """support/weights.py - published vision encoders -> our modules.
 
-A path is a file of VideoMAE's authors (v1 or v2, .pth), or the Hugging Face folder of a VideoMAE,
-an InternViT or a whole InternVL, whose vision part is taken. Code beside weights is never run.
+A path is a file of the authors of VideoMAE (v1 or v2) or InternVideo2, or the Hugging Face folder
+of a VideoMAE, an InternViT or an InternVL (its vision part). Code beside weights is never run.
 """
 import argparse
 import re
@@ -9,10 +9,12 @@ from pathlib import Path
 
 import torch
 import transformers
-from einops import rearrange
 from safetensors.torch import load_file
+from transformers.models.videomae.modeling_videomae import get_sinusoid_encoding_table
 
 from support.annotations import InputError, expect, is_number, read_json, shorten
+from support.checkpoint import part
+from support.internvideo2 import ClipEmbeddings, clip_fields, resize_positions
 
 # A VideoMAE that a CPU can train from scratch. The usual range of 0.02 suits wide layers only.
 TINY_VISION = dict(hidden_size=96, num_hidden_layers=2, num_attention_heads=4,
@@ -27,9 +29,10 @@ WHOLE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediat
          "patch_size", "num_frames", "tubelet_size", "image_size")
 FIELDS = (*WHOLE, "hidden_act", "layer_norm_eps", "norm_type", "attention_bias", "use_qk_norm")
 UNUSED = re.compile(
-    r"norm\.|fc_norm\.|layernorm\.|head\.|classifier\."                  # no norm before pooling
-    r"|decoder\.|encoder_to_decoder\.|mask_token|pos_embed"               # of pre-training
+    r"norm\.|fc_norm\.|layernorm\.|head\.|classifier\.|clip_projector\."   # after the layers
+    r"|(\w+_)?decoder\.|mask_token|(\w+_)?pos_embed"                     # of pre-training
     r"|(model\.)?(language_model|multi_modal_projector)\.|lm_head\.|mlp1\."    # rest of InternVL
+    r"|vision_align\.|text_encoder\.|temp$"                              # rest of InternVideo2
     r"|.*attention\.key\.bias$")       # softmax drops it: the same for all logits of a query
 
 # Patterns that turn a name of our module into the name in a file, one after the other.
@@ -44,8 +47,13 @@ ORIGINAL_INTERNVIT = {
     "patch_embeddings.projection": "patch_embedding", "encoder.layer": "encoder.layers",
     "attention.[qkv]_proj": "attn.qkv", "attention.projection_layer": "attn.proj",
     "attention": "attn", "lambda_": "ls", "layernorm_before": "norm1", "layernorm_after": "norm2"}
+ORIGINAL_INTERNVIDEO2 = {                       # the same, but for these names
+    **ORIGINAL_INTERNVIT, "cls_token": "cls_token", "position_embeddings": "pos_embed",
+    "patch_embeddings.projection": "patch_embed.proj", "encoder.layer": "blocks",
+    "embeddings.": "", r"ls(\d)": r"ls\1.gamma"}
 FOLDER_VIDEOMAE = {"([qv])(uery|alue).bias": r"\1_bias"}
-LAYOUTS = {"videomae": [ORIGINAL_VIDEOMAE, FOLDER_VIDEOMAE], "internvit": [ORIGINAL_INTERNVIT, {}]}
+LAYOUTS = {"videomae": [ORIGINAL_VIDEOMAE, FOLDER_VIDEOMAE], "internvit": [ORIGINAL_INTERNVIT, {}],
+           "internvideo2": [ORIGINAL_INTERNVIDEO2]}
 
 def vision_config(path, image_size: int) -> dict:
     """Describe a published encoder by plain values for Config.vision (see build_encoder).
@@ -53,33 +61,34 @@ def vision_config(path, image_size: int) -> dict:
     config = folder_config(Path(path)) if Path(path).is_dir() else file_config(path)
     patch = config["patch_size"]
     smaller = image_size // patch * patch
-    expect(smaller == image_size, path,
-           f"an image size that is a multiple of its patches of {patch} pixels", image_size,
-           f"take {smaller} or {smaller + patch}")
+    expect(smaller == image_size, f"{path}: size", f"a multiple of its patches of {patch} pixels",
+           image_size, f"take --image-size {smaller} or {smaller + patch}")
     return dict(config, image_size=image_size)
 
 def file_config(path) -> dict:
-    """Read the sizes of a VideoMAE file from its tensors. The width V says the number of heads."""
+    """Read the sizes of a VideoMAE or InternVideo2 file, which has tubelets of one frame."""
     tensors = read_tensors(path)
     prefix, _ = find_layout(path, tensors, [ORIGINAL_VIDEOMAE])
-    first = prefix + "patch_embed.proj.weight"
-    shape = tuple(tensors[first].shape)
-    expect(len(shape) == 5, f"{path}: {first}", "the 5 dimensions of a video encoder", shape,
-           "give a VideoMAE file")
+    tensors = part(tensors, prefix)
+    shape = tuple(tensors["patch_embed.proj.weight"].shape)
+    expect(len(shape) == 5, f"{path}: {prefix}patch_embed.proj.weight", "5 dimensions", shape,
+           "give a file of a video encoder")
     V, _, tubelet, _, patch = shape
-    start = prefix + "blocks."
-    layers = {name[len(start):].split(".")[0] for name in tensors if name.startswith(start)}
-    hidden = tensors.get(start + "0.mlp.fc1.bias", range(4 * V))   # an error later, if missing
+    layers = {name.split(".")[1] for name in tensors if name.startswith("blocks.")}
+    hidden = tensors.get("blocks.0.mlp.fc1.bias", range(4 * V))    # an error later, if missing
     heads = {1280: 16, 1408: 16}.get(V, max(1, V // 64))       # VideoMAE H and g have wider heads
-    return dict(kind="videomae", pretrained_image_size=224, num_frames=16, patch_size=patch,
-                tubelet_size=tubelet, hidden_size=V, num_hidden_layers=len(layers),
-                intermediate_size=len(hidden), num_attention_heads=heads, layer_norm_eps=1e-6)
+    fields = dict(kind="videomae", pretrained_image_size=224, num_frames=16)
+    if tubelet == 1:
+        positions = tensors.get("pos_embed", torch.empty(2049, V))     # of S, B and L
+        fields = clip_fields(positions.numel() // V, patch)
+    return dict(fields, patch_size=patch, tubelet_size=tubelet, hidden_size=V,
+                num_hidden_layers=len(layers), intermediate_size=len(hidden),
+                num_attention_heads=heads, layer_norm_eps=1e-6)
 
 def folder_config(folder: Path) -> dict:
     """Read the fields of config.json that make the encoder, under their names in transformers."""
     content = read_json(folder / "config.json")
-    if isinstance(content, dict):
-        content = content.get("vision_config", content)                # of a whole InternVL
+    content = content.get("vision_config", content)                    # of a whole InternVL
     found = content.get("model_type") if isinstance(content, dict) else content
     expect(found in list(DEFAULTS), f"{folder}/config.json",
            f"model_type {', '.join(DEFAULTS)}, or an InternVL", shorten(found), "give its folder")
@@ -99,33 +108,29 @@ def folder_config(folder: Path) -> dict:
 
 def build_encoder(config: dict) -> tuple[torch.nn.Module, int, int]:
     """Build (module of transformers, frames of a clip, frames of a step in time), without weights.
-    config: kind ("videomae", the default, or "internvit"), fields of its class in transformers,
-    and pretrained_image_size, whose grid of positions is interpolated (default: image_size)."""
+    config: kind (of LAYOUTS; default "videomae"), fields of its class in transformers, and
+    pretrained_image_size, whose grid of positions is interpolated (default: image_size)."""
     config = dict(config, use_mean_pooling=True)               # no norm after the layers
     kind = config.pop("kind", "videomae")
-    pretrained = config.pop("pretrained_image_size", None)
-    if kind == "internvit":                                    # interpolates at every call
-        config["image_size"] = pretrained or config["image_size"]
-        config = transformers.InternVLVisionConfig(**config)
-        return transformers.InternVLVisionModel(config), 1, 1
+    pretrained = config.pop("pretrained_image_size", config["image_size"])
+    if kind != "videomae":                                     # they interpolate at every call
+        config = transformers.InternVLVisionConfig(**dict(config, image_size=pretrained))
+        encoder = transformers.InternVLVisionModel(config)
+        if kind == "internvit":
+            return encoder, 1, 1
+        encoder.embeddings = ClipEmbeddings(config)
+        return encoder, config.num_frames, 1
     config = transformers.VideoMAEConfig(**config)
     videomae = transformers.VideoMAEModel(config)
     for layer in videomae.encoder.layer:
         layer.attention.attention.key.bias = None      # VideoMAE has none, and it has no effect
-    if pretrained and pretrained != config.image_size:
+    if pretrained != config.image_size:
         steps = config.num_frames // config.tubelet_size
         side, ours = pretrained // config.patch_size, config.image_size // config.patch_size
-        grid = sinusoids(steps * side ** 2, config.hidden_size)
-        grid = rearrange(grid, "(t h w) v -> t v h w", t=steps, h=side)
-        grid = torch.nn.functional.interpolate(grid, (ours, ours), mode="bicubic")
-        videomae.embeddings.position_embeddings = rearrange(grid, "t v h w -> () (t h w) v")
+        table = get_sinusoid_encoding_table(steps * side ** 2, config.hidden_size)    # (1, n, V)
+        table = resize_positions(table, (steps, side), (steps, ours))
+        videomae.embeddings.position_embeddings = table
     return videomae, config.num_frames, config.tubelet_size
-
-def sinusoids(n: int, width: int) -> torch.Tensor:
-    """(n, V): sine in even channels j, cosine in odd ones, of n / 10000^(2 (j // 2) / V)."""
-    channel = torch.arange(width, dtype=torch.float64)
-    angle = torch.arange(n)[:, None] / 10000 ** (2 * (channel // 2) / width)
-    return torch.where(channel % 2 == 0, angle.sin(), angle.cos()).float()
 
 def rename(name: str, layout: dict) -> str:
     """A name of our module -> the name in a file."""
@@ -135,19 +140,18 @@ def rename(name: str, layout: dict) -> str:
 
 def find_layout(path, tensors: dict, layouts: list) -> tuple:
     """Find (prefix of every name of the encoder, its layout) by the patch embedding."""
-    markers = []
-    for layout in layouts:
-        marker = rename("embeddings.patch_embeddings.projection.weight", layout)
-        markers.append(marker)
+    patches = "embeddings.patch_embeddings.projection.weight"
+    markers = {rename(patches, layout): layout for layout in layouts}
+    for marker, layout in markers.items():
         for name in tensors:
             if f".{name}".endswith(f".{marker}"):
                 return name.removesuffix(marker), layout
     raise InputError(f"{path}: expected a tensor {' or '.join(markers)}, found "
-                     f"{list(tensors)[:3]}; give a VideoMAE file, or a folder with config.json")
+                     f"{list(tensors)[:3]}; give a file of VideoMAE or InternVideo2, or a folder")
 
 def vision_tensors(path, kind: str, expected: dict) -> tuple:
-    """Read (weights under the names of our module, names of tensors that are left out by design).
-    expected: state_dict of our module. InputError names a tensor that is missing or misshapen."""
+    """Read (weights by the names in `expected`, a state_dict; tensors that are left out by design).
+    InputError names a tensor that is missing or misshapen."""
     tensors = read_tensors(path)
     prefix, layout = find_layout(path, tensors, LAYOUTS[kind])
     weights, unused = {}, dict.fromkeys(tensors)
@@ -165,13 +169,13 @@ def vision_tensors(path, kind: str, expected: dict) -> tuple:
         weights[name] = tensor.chunk(parts)[part]
         unused.pop(source, None)
     for name in unused:
-        expect(UNUSED.match(name.removeprefix(prefix)), path, f"the tensors of {kind} only", name,
-               "the file is of another model")
-    if prefix + "pos_embed" in tensors:
-        positions = tensors[prefix + "pos_embed"][0]           # (N, V)
-        same = torch.allclose(positions, sinusoids(*positions.shape), atol=1e-3)
-        expect(same, path, f"the sinusoids of VideoMAE as {prefix}pos_embed", "other positions",
-               "learned ones are not supported")
+        known = UNUSED.match(name.removeprefix(prefix))
+        expect(known, path, f"the tensors of {kind} only", name, "the file is of another model")
+    if prefix + "pos_embed" in unused:
+        positions = tensors[prefix + "pos_embed"]              # (1, n, V)
+        sinusoids = get_sinusoid_encoding_table(*positions.shape[1:])
+        expect(torch.allclose(positions, sinusoids, atol=1e-3), path, "the sinusoids of VideoMAE",
+               f"other numbers as {prefix}pos_embed", "learned positions are not supported")
     return weights, list(unused)
 
 def read_tensors(path) -> dict:
@@ -180,8 +184,7 @@ def read_tensors(path) -> dict:
     path, tensors = Path(path), {}
     if path.is_dir():
         files = sorted(path.glob("model*.safetensors")) or sorted(path.glob("pytorch_model*.bin"))
-        expect(files, path, "model*.safetensors or pytorch_model*.bin", "none",
-               "fetch the weights into this folder")
+        expect(files, path, "model*.safetensors or pytorch_model*.bin", "none", "fetch them")
         for file in files:
             tensors.update(read_tensors(file))
         return tensors
@@ -195,8 +198,8 @@ def read_tensors(path) -> dict:
         raise InputError(f"{path}: expected weights (.pth, .pt, .bin, .safetensors) or a folder, "
                          f"found {reason}; check the path, or fetch the file again") from error
     for level in ("module", "model", "state_dict"):
-        if isinstance(content, dict) and level in content:
-            content = content[level]
+        if isinstance(content, dict):
+            content = content.get(level, content)
     named = isinstance(content, dict) and all(map(torch.is_tensor, content.values()))
     expect(named, path, "named tensors", "something else", "give a file with weights")
     return content

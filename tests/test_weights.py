@@ -3,7 +3,9 @@ import argparse
 import json
 import math
 from functools import cache
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,7 +14,9 @@ from safetensors.torch import save_file
 from model import VisionEncoder
 from support import weights
 from support.annotations import InputError
+from support.internvideo2 import resize_positions
 
+GOLDEN = Path(__file__).parents[2] / "shared" / "golden" / "internvideo2"      # absent in CI
 V, LAYERS, HEADS, MLP = 128, 2, 2, 512                  # two heads: 128 / 64
 
 
@@ -65,8 +69,8 @@ def attention(q, k, v):
     return ((q @ k.transpose(1, 2)) / math.sqrt(V // HEADS)).softmax(-1).matmul(v).transpose(0, 1).flatten(1)
 
 
-def mlp(w, block, x):
-    x = F.gelu(F.linear(x, w[f"{block}.mlp.fc1.weight"], w[f"{block}.mlp.fc1.bias"]))
+def mlp(w, block, x, approximate="none"):
+    x = F.gelu(F.linear(x, w[f"{block}.mlp.fc1.weight"], w[f"{block}.mlp.fc1.bias"]), approximate=approximate)
     return F.linear(x, w[f"{block}.mlp.fc2.weight"], w[f"{block}.mlp.fc2.bias"])
 
 
@@ -116,11 +120,29 @@ def plain_internvit(w, frame, big=False):
     return x[1:].mean(0)
 
 
+def plain_internvideo2(w, frames):
+    """8 frames (8, 3, H, H) uint8 -> (8, V), from tensors in the original layout."""
+    def norm(x, name):
+        return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * w[name + ".weight"]
+    patches = F.conv3d(normalised(frames).transpose(0, 1)[None], w["patch_embed.proj.weight"],
+                       w["patch_embed.proj.bias"], stride=(1, 14, 14))[0]
+    first, *grids = w["pos_embed"][0].split([1] + [(w["pos_embed"].size(1) - 1) // 8] * 8)
+    x = torch.cat([w["cls_token"][0] + first,
+                   patches.flatten(1).T + torch.cat([resize(grid, frames.size(2) // 14) for grid in grids])])
+    for i in range(LAYERS):
+        block = f"blocks.{i}"
+        q, k, v = F.linear(norm(x, block + ".norm1"), w[block + ".attn.qkv.weight"]).split(V, 1)
+        out = attention(norm(q, block + ".attn.q_norm"), norm(k, block + ".attn.k_norm"), v)
+        x = x + w[block + ".ls1.gamma"] * F.linear(out, w[block + ".attn.proj.weight"], w[block + ".attn.proj.bias"])
+        x = x + w[block + ".ls2.gamma"] * mlp(w, block, norm(x, block + ".norm2"), "tanh")
+    return x[1:].view(8, -1, V).mean(1)
+
+
 # ------------------------------------------------------------------------------------------------ files
 def draw(shapes: dict) -> dict:
     """Random tensors; norms around 1, everything else, biases too, far enough from 0 to be missed."""
     generator = torch.Generator().manual_seed(0)
-    scale = {name: 0.2 if len(shape) == 1 or "position" in name else shape[1:].numel() ** -0.5
+    scale = {name: 0.2 if len(shape) == 1 or "pos" in name else shape[1:].numel() ** -0.5
              for name, shape in shapes.items()}
     return {name: torch.randn(shape, generator=generator) * scale[name]
             + ("norm" in name and name.endswith("weight")) for name, shape in shapes.items()}
@@ -156,6 +178,16 @@ def internvit_file(big=False) -> dict:
         else:
             shapes[f"{block}.attn.qkv.bias"] = (3 * V,)
     return draw({name: torch.Size(shape) for name, shape in shapes.items()})
+
+
+def internvideo2_file() -> dict:
+    """Tensors of an InternVideo2 of 42 pixels in the original layout."""
+    shapes = {"cls_token": (1, 1, V), "pos_embed": (1, 73, V), "patch_embed.proj.weight": (V, 3, 1, 14, 14),
+              "patch_embed.proj.bias": (V,)}
+    for i in range(LAYERS):
+        own = ("attn.q_norm.weight", "attn.k_norm.weight", "ls1.gamma", "ls2.gamma")
+        shapes |= block_shapes(f"blocks.{i}") | {f"blocks.{i}.{name}": (V,) for name in own}
+    return draw({name: torch.Size(s) for name, s in shapes.items() if ".norm" not in name or name.endswith("weight")})
 
 
 def native_internvit(w: dict) -> dict:
@@ -361,16 +393,107 @@ def test_internvit_frames_do_not_see_each_other(tmp_path):
             torch.testing.assert_close(both[b, i], alone, atol=1e-5, rtol=1e-4)
 
 
-# ------------------------------------------------------------------------------------------------ both
+# ------------------------------------------------------------------------------------------------ InternVideo2
+PROJECTOR = {"clip_projector.norm1_q.weight": torch.ones(V), "clip_projector.cross_attn.k_bias": torch.ones(V)}
+DISTILLED = PROJECTOR | {"clip_pos_embed": torch.ones(1, 73, V), "clip_decoder.0.head.0.weight": torch.ones(V, V),
+                         "final_clip_decoder.norm.bias": torch.ones(V), "mae_decoder.0.norm.bias": torch.ones(V),
+                         "mae_pos_embed": torch.ones(1, 72, V), "img_pos_embed": torch.ones(1, 10, V)}
+CLIP = {"vision_align.0.weight": torch.ones(V), "text_encoder.model.norm.weight": torch.ones(4), "temp": torch.ones(1)}
+
+
+@pytest.mark.parametrize("wrap", [
+    lambda w: (w, []),
+    lambda w: ({"module": w | PROJECTOR | CLASSIFIER}, sorted(PROJECTOR | CLASSIFIER)),
+    lambda w: ({"model": under("backbone.", w | DISTILLED)}, sorted(under("backbone.", DISTILLED))),
+    lambda w: ({"module": under("vision_encoder.", w | PROJECTOR) | CLIP}, sorted(under("vision_encoder.", PROJECTOR) | CLIP)),
+], ids=["bare", "fine-tuned", "distilled", "clip"])
+@pytest.mark.parametrize("side", [42, 70])
+def test_internvideo2_gives_the_features_of_plain_arithmetic(tmp_path, wrap, side):
+    w, frames = internvideo2_file(), frames_of(16, side)
+    content, unused = wrap(w)
+    torch.save(content, tmp_path / "b14.bin")
+    expected = torch.cat([plain_internvideo2(w, clip) for clip in frames.split(8)])
+    assert sorted(assert_same(tmp_path / "b14.bin", frames, expected)) == unused
+
+
+def test_internvideo2_in_halves_is_read_as_float32(tmp_path):
+    w, frames = {name: tensor.bfloat16() for name, tensor in internvideo2_file().items()}, frames_of(8, 42)
+    torch.save({"module": w}, tmp_path / "b14.pth")
+    assert_same(tmp_path / "b14.pth", frames, plain_internvideo2({name: t.float() for name, t in w.items()}, frames))
+
+
+@pytest.mark.parametrize("width, layers, heads, count", [      # counts of the authors' code, for 8 frames of 224 pixels
+    (384, 12, 6, 22_302_336), (768, 12, 12, 87_072_000), (1024, 24, 16, 304_987_136)], ids="SBL")
+def test_sizes_of_an_internvideo2_file(tmp_path, width, layers, heads, count):
+    def ones(*shape):
+        return torch.ones(1).expand(shape)                     # takes no space in the file
+    tensors = {f"blocks.{i}.norm1.weight": ones(width) for i in range(layers)}
+    tensors |= {"patch_embed.proj.weight": ones(width, 3, 1, 14, 14), "pos_embed": ones(1, 2049, width),
+                "blocks.0.mlp.fc1.bias": ones(4 * width)}
+    torch.save({"module": tensors}, tmp_path / "b14.pth")
+    config = weights.vision_config(tmp_path / "b14.pth", 168)
+    assert config == dict(
+        kind="internvideo2", pretrained_frames=8, pretrained_image_size=224, image_size=168, patch_size=14, tubelet_size=1,
+        num_frames=8, hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=4 * width,
+        layer_norm_eps=1e-6, norm_type="rms_norm", use_qk_norm=True, attention_bias=False, hidden_act="gelu_pytorch_tanh")
+    with torch.device("meta"):
+        encoder, clip, tubelet = weights.build_encoder(config)
+    assert (clip, tubelet) == (8, 1) and sum(p.numel() for p in encoder.parameters()) == count
+    with pytest.raises(InputError, match="multiple of its patches of 14 pixels, found 160; take --image-size 154 or 168"):
+        weights.vision_config(tmp_path / "b14.pth", 160)
+
+
+@pytest.mark.parametrize("name, change", [
+    ("cls_token", None), ("pos_embed", None), ("patch_embed.proj.bias", None), ("blocks.1.ls2.gamma", None),
+    ("blocks.0.attn.q_norm.weight", None), ("blocks.0.mlp.fc1.bias", None), ("blocks.0.norm1.bias", (V,)),
+    ("blocks.0.attn.qkv.bias", (3 * V,)), ("blocks.1.attn.qkv.weight", (2 * V, V)), ("blocks.1.ls1.gamma", (1,)),
+    ("pos_embed", (1, 72, V)), ("pos_embed", (1, 0, V)), ("pos_embed", (1, 1, V)), ("pos_embed", (73, V)),
+    ("patch_embed.proj.weight", (V, 3, 14, 14))])
+def test_an_internvideo2_file_with_a_wrong_tensor_is_refused_by_its_name(tmp_path, name, change):
+    w = internvideo2_file()
+    w.pop(name, None)
+    if change:
+        w[name] = torch.ones(change)
+    torch.save({"module": under("backbone.", w)}, tmp_path / "b14.pth")
+    with pytest.raises(InputError, match=f"b14.pth: .*backbone.{name}.*") as error:
+        features(tmp_path / "b14.pth", frames_of(8, 42))
+    if change is None:
+        assert "found none" in str(error.value)
+
+
+@pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"no outputs of the authors' code at {GOLDEN}")
+@pytest.mark.parametrize("name, frames, pretrained", [("a", 4, 42), ("b", 8, 56)])
+def test_internvideo2_gives_the_outputs_of_the_authors_code(tmp_path, name, frames, pretrained):
+    golden = {key: torch.from_numpy(array) for key, array in np.load(GOLDEN / f"internvideo2_small_{name}.npz").items()
+              if array.dtype == np.float32}
+    torch.save({key[3:]: tensor for key, tensor in golden.items() if key.startswith("sd.")}, tmp_path / "b14.pth")
+    torch.save(internvideo2_file(), tmp_path / "other.pth")
+    config = weights.vision_config(tmp_path / "other.pth", 42) | dict(           # 4 frames, narrow heads: not as published
+        hidden_size=48, intermediate_size=192, num_frames=frames, pretrained_frames=frames,
+        pretrained_image_size=pretrained, num_hidden_layers=3 if name == "a" else 2, num_attention_heads=4 if name == "a" else 3)
+    encoder = VisionEncoder(config).eval()
+    assert len(encoder.load(tmp_path / "b14.pth")) == 18
+    with torch.no_grad():
+        found = encoder.each_clip(golden["x"].transpose(1, 2))
+    torch.testing.assert_close(found, golden["out_tanh.frames"], atol=2e-5, rtol=0)
+    for key in golden:
+        if key.startswith("pos_interp.t"):                                       # pos_interp.t{frames}_g{side}
+            new = tuple(map(int, key.removeprefix("pos_interp.t").split("_g")))
+            found = resize_positions(golden["pos_pretrained"][:, 1:], (8, 4), new)
+            torch.testing.assert_close(found, golden[key][:, 1:], atol=2e-5, rtol=0)
+
+
+# ------------------------------------------------------------------------------------------------ all
 def encoders(tmp_path):
     """(config, path) of one published encoder per kind, at another image size than its own."""
     torch.save(videomae_file(), tmp_path / "vit.pth")
     path = folder(tmp_path / "internvit", NATIVE, native_internvit(internvit_file()))
+    torch.save(internvideo2_file(), tmp_path / "b14.pth")
     return [(weights.vision_config(tmp_path / "vit.pth", 48), tmp_path / "vit.pth"),
-            (weights.vision_config(path, 28), path)]
+            (weights.vision_config(path, 28), path), (weights.vision_config(tmp_path / "b14.pth", 28), tmp_path / "b14.pth")]
 
 
-@pytest.mark.parametrize("kind", [0, 1], ids=["videomae", "internvit"])
+@pytest.mark.parametrize("kind", [0, 1, 2], ids=["videomae", "internvit", "internvideo2"])
 def test_checkpointing_recomputes_and_changes_no_output_or_gradient(tmp_path, kind):
     config, path = encoders(tmp_path)[kind]
     encoder = VisionEncoder(config).train()
@@ -391,7 +514,7 @@ def test_checkpointing_recomputes_and_changes_no_output_or_gradient(tmp_path, ki
     assert len(results[1]) > 20 and all(torch.equal(a, b) for a, b in zip(results[0], results[1], strict=True))
 
 
-@pytest.mark.parametrize("kind", [0, 1], ids=["videomae", "internvit"])
+@pytest.mark.parametrize("kind", [0, 1, 2], ids=["videomae", "internvit", "internvideo2"])
 def test_an_encoder_is_rebuilt_from_its_config_alone(tmp_path, kind):
     config, path = encoders(tmp_path)[kind]
     first, again = VisionEncoder(config).eval(), VisionEncoder(json.loads(json.dumps(config))).eval()
@@ -419,7 +542,7 @@ def test_positions_at_160_pixels():
      r"blocks\.0\.mlp\.fc2\.weight of shape \(128, 512\), found shape \(128, 3\)"),
     (lambda w: w.update({"blocks.1.attn.qkv.weight": torch.ones(2 * V, V)}),
      r"blocks\.1\.attn\.qkv\.weight of shape \(384, 128\), found shape \(256, 128\)"),
-    (lambda w: w.update({"patch_embed.proj.weight": torch.ones(V, 3, 16, 16)}), "5 dimensions of a video encoder"),
+    (lambda w: w.update({"patch_embed.proj.weight": torch.ones(V, 3, 16, 16)}), "expected 5 dimensions"),
     (lambda w: w.pop("patch_embed.proj.weight"), r"expected a tensor patch_embed\.proj\.weight"),
     (lambda w: w.update({"patch_embed.proj.bias": 1.0}), "expected named tensors"),
 ])
@@ -447,7 +570,7 @@ def test_a_folder_that_is_not_the_encoder_is_named_with_its_tensor(tmp_path, cha
 
 
 def test_weights_of_another_kind_are_refused(tmp_path):
-    (config, _), (_, path) = encoders(tmp_path)
+    (config, _), (_, path), _ = encoders(tmp_path)
     with pytest.raises(InputError, match="encoder.layer.0.attention.attention.query|embeddings.patch_embeddings"):
         VisionEncoder(config).load(path)
 
@@ -499,5 +622,5 @@ def test_folders_without_weights_or_of_an_unknown_model(tmp_path):
 
 def test_patches_have_to_fill_the_image(tmp_path):
     path = folder(tmp_path / "vit", NATIVE, {})
-    with pytest.raises(InputError, match="multiple of its patches of 14 pixels, found 160; take 154 or 168"):
+    with pytest.raises(InputError, match="multiple of its patches of 14 pixels, found 160; take --image-size 154 or 168"):
         weights.vision_config(path, 160)
