@@ -25,8 +25,7 @@ from support import annotations
 from support.annotations import InputError, Video
 from support.checkpoint import leave_group
 from support.demo import make_demo
-from support.sources import choose_videos, doubt_steps
-from support.video import open_features, read_frames
+from support.video import choose_videos, doubt_steps, open_features, read_frames
 from vlm import proposal_text
 
 RESIZE = 182 / 160      # short side of a training frame before the random crop, in crop sides

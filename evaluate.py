@@ -22,7 +22,7 @@ from head import decode, soft_nms, vote_segments
 from model import ActionVLM, Config
 from support import checkpoint, commands, figures, flags, results
 from support.annotations import InputError, load_external_scores
-from support.sources import single_video
+from support.video import single_video
 
 SAME_SEGMENT = 1e-3         # seconds; THUMOS14 and ActivityNet hold copies of segments
 
@@ -230,7 +230,7 @@ def open_checkpoint(args):
                          f"of its training where --lm says; found: {error}") from error
     if saved.args.ablation or saved.args.lambda_lang not in ("learned", 0.0):
         importlib.import_module("experiments.ablations").ablate(model, saved.args)
-    checkpoint.restore_average(model, path, saved)
+    checkpoint.restore(model, path, checkpoint.averaged(saved))
     out = Path(args.out or path.parent)
     out.mkdir(parents=True, exist_ok=True)
     return model.to(args.device), saved.args, out
@@ -279,7 +279,8 @@ def find_in_video(args):
         if confidence >= args.min_score:
             print(f"{segment[0]:8.2f} - {segment[1]:7.2f} s  {label}  {confidence:.3f}")
     picture = out / f"{video.name}.png"
-    figures.one_video(picture, video, detections, model.config.descriptions, args.min_score)
+    rows = {"detected": detections}
+    figures.one_video(picture, video, rows, model.config.descriptions, args.min_score)
     print(f"wrote {picture}")
 
 if __name__ == "__main__":

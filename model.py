@@ -17,11 +17,12 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from advantage import AdvantagePredictor, ClassMeans
 from head import DetectionHead
+from support.arithmetic import stretch
 from support.language_models import enable_checkpointing
 from support.weights import build_encoder, vision_tensors
 from vlm import LanguageModel
 
-IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)     # VideoMAE and InternViT
+IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)     # of all published encoders
 
 @dataclass
 class Config:
@@ -35,6 +36,7 @@ class Config:
     lora_alpha: float = 256
     dtype: str = "float32"              # or "bfloat16": frozen weights, arithmetic before the head
     layout: str = "frames-first"        # or "text-first", see vlm.py
+    language_stride: int = 1            # K: the language model reads the mean of K frames
     width: int = 512                    # of the detection head
     levels: int = 6                     # S
     head_window: int = 19               # attention window of the head in steps, 0 = global
@@ -61,7 +63,10 @@ class ActionVLM(nn.Module):
         self.language = None
         if config.lm:
             self.language = LanguageModel(config.lm, config.descriptions, config.lora_rank,
-                                          config.lora_alpha, config.layout, config.dtype)
+                                          config.lora_alpha, config.layout, config.dtype,
+                                          config.language_stride)
+            self.standardise_cls, self.standardise_loc = Standardise(D), Standardise(D)
+            self.standardise_adv = Standardise(D)
         self.predict_advantage = AdvantagePredictor(D)
         self.language_weight, self.aggregate = language_weight, aggregate   # ablations replace them
         self.head = DetectionHead(
@@ -78,17 +83,21 @@ class ActionVLM(nn.Module):
             return self.head(f_vis, f_vis, batch.mask)
         answers = batch.answers if self.training else None
         lang = self.language(f_vis, batch.mask, answers)                        # Eq. 7, 8
-        advantage = self.predict_advantage(lang.f_adv)                          # Eq. 2
+        f_lang_cls = self.standardise_cls(lang.f_lang_cls, batch.mask)
+        f_lang_loc = self.standardise_loc(lang.f_lang_loc, batch.mask)
+        f_adv = self.standardise_adv(lang.f_adv, batch.mask)
+        advantage = self.predict_advantage(f_adv)                               # Eq. 2
         lambda_lang = self.language_weight(advantage) * batch.mask              # Eq. 4
-        f_cls = self.aggregate(f_vis, normalise(lang.f_lang_cls), lambda_lang)  # Eq. 5
-        f_loc = self.aggregate(f_vis, normalise(lang.f_lang_loc), lambda_lang)
+        f_cls = self.aggregate(f_vis, f_lang_cls, lambda_lang)                  # Eq. 5
+        f_loc = self.aggregate(f_vis, f_lang_loc, lambda_lang)
         output = self.head(f_cls, f_loc, batch.mask)
         return replace(output, advantage=advantage, lambda_lang=lambda_lang,
                        text_loss=lang.text_loss)
 
     def visual(self, batch):
-        """F_vis (B, L, D)."""
-        return normalise(self.project(self.features(batch)))
+        """F_vis (B, L, D), of unit scale by a LayerNorm without parameters."""
+        f_vis = self.project(self.features(batch))
+        return F.layer_norm(f_vis, f_vis.shape[-1:])
 
     def features(self, batch):
         """(B, L, V): the output of the vision encoder, or the rows of the feature files."""
@@ -113,9 +122,14 @@ class ActionVLM(nn.Module):
         weight.mul_(scale)
         self.project.bias.copy_(-weight.double() @ x.mean(0))
 
+    def running_means(self):
+        """Buffers that every training step moves: M of Eq. 6, the statistics of `Standardise`."""
+        moved = ("head.loss_normalizer", "standardise_")
+        return [b for name, b in self.named_buffers() if name.startswith(moved)]
+
     @property
     def multiple(self):
-        """A padded window is a multiple of it: the pyramid halves it, VideoMAE cuts it in clips."""
+        """A padded window is a multiple of it: the pyramid halves it, encoders cut it in clips."""
         clip = self.vision.clip if self.vision else 1
         return math.lcm(clip, 2 ** (self.config.levels - 1))
 
@@ -149,15 +163,41 @@ def aggregate(f_vis, f_lang, weight):
     """Eq. 5: language as a weighted residual. f_vis, f_lang (B, L, D), weight (B, L)."""
     return f_vis + weight[..., None] * f_lang                                   # Eq. 5
 
-def normalise(f):
-    """LayerNorm without parameters on both streams: lambda weighs like against like."""
-    return F.layer_norm(f, f.shape[-1:])
+class Standardise(nn.Module):
+    """Batch norm over real frames, without parameters: lambda weighs like against like.
+
+    Hidden states of a language model have large components that are the same for every frame.
+    LayerNorm would keep them, and shrink what differs. Training takes mean and variance of the
+    batch; test time takes their running means.
+    """
+
+    def __init__(self, dim, momentum=0.1):
+        super().__init__()
+        self.momentum = momentum
+        self.register_buffer("mean", torch.zeros(dim))
+        self.register_buffer("variance", torch.ones(dim))
+        self.register_buffer("steps", torch.zeros(()))
+
+    def forward(self, f, mask):
+        """f: (B, L, D), mask: (B, L) bool, False on padding -> (B, L, D)."""
+        mean, variance = self.mean, self.variance
+        if self.training:
+            real, count = mask[..., None], mask.sum()
+            mean = (f * real).sum((0, 1)) / count.clamp(min=1)                  # (D,)
+            variance = ((f - mean).square() * real).sum((0, 1)) / count.clamp(min=1)
+            # The first steps count alike, so the start does not matter.
+            self.steps += count > 1
+            share = (1 / self.steps.clamp(min=1)).clamp(min=self.momentum) * (count > 1)
+            self.mean.lerp_(mean.detach(), share)
+            self.variance.lerp_(variance.detach(), share)
+        return (f - mean) * (variance + 1e-6).rsqrt()
 
 class VisionEncoder(nn.Module):
     """E_vis: one feature per frame, the mean over the patches, without a norm over them.
 
     VideoMAE reads clips of 16 frames, and its steps of 2 frames are interpolated linearly in time.
-    InternViT reads every frame by itself. config: see support/weights.py:build_encoder.
+    InternVideo2 reads clips of 8 frames in steps of 1. InternViT reads every frame by itself.
+    config: see support/weights.py:build_encoder.
     """
 
     def __init__(self, config):
@@ -181,18 +221,16 @@ class VisionEncoder(nn.Module):
         pixels = (frames / 255 - self.mean) / self.std
         each = self.each_frame if self.kind == "internvit" else self.each_clip
         steps = each(pixels)                                                # (B, kL/tubelet, V)
-        # Padding takes the last real step, or interpolation would mix it into the last real frame.
-        real_frames = k * mask.sum(1, keepdim=True)                         # (B, 1)
-        last = ((real_frames - 1) // self.tubelet).clamp(min=0)
-        index = torch.arange(steps.size(1), device=steps.device).minimum(last)
-        steps = steps.gather(1, index[..., None].expand_as(steps))
-        return F.interpolate(steps.mT, L, mode="linear").mT                 # (B, L, V)
+        real = -(-k * mask.sum(1) // self.tubelet)                          # (B,), rounded up
+        return stretch(steps, real, L)                                      # (B, L, V)
 
     def each_clip(self, pixels):
-        """VideoMAE: (B, L, 3, H, W) -> (B, L/tubelet, V)."""
+        """VideoMAE, InternVideo2: (B, L, 3, H, W) -> (B, L/tubelet, V)."""
         B, time = len(pixels), self.clip // self.tubelet
         clips = rearrange(pixels, "b (n f) c h w -> (b n) f c h w", f=self.clip)
         tokens = self.backbone(clips).last_hidden_state                     # (B n, patches, V)
+        if self.kind == "internvideo2":
+            tokens = tokens[:, 1:]                                          # no class token
         return rearrange(tokens, "(b n) (t hw) v -> b (n t) hw v", b=B, t=time).mean(2)
 
     def each_frame(self, pixels):

@@ -110,7 +110,7 @@ class TrainingState:
         total: () the loss. terms: of the log, () or (B, L), of which real frames count.
         """
         (total / self.args.accumulate).backward()
-        processes.average(self.model.head.loss_normalizer)               # M of Eq. 6
+        processes.average(*self.model.running_means())                   # also M of Eq. 6
         values = {}
         for name, term in {"loss": total, **terms}.items():
             if term.ndim:
@@ -227,7 +227,7 @@ def run(args):
     summary.describe(model, parameter_groups(model, args), training_set, test_set)
     if args.dry_run:
         return dry_run(model, training_set, args)
-    with checkpoint.StopSignals() as signals:
+    with checkpoint.stop_signals() as signals:
         state = train(model, training_set, args, out, signals)
     if processes.rank():
         return
@@ -250,8 +250,8 @@ def build_config(args, training_set, descriptions):
         vision = dict(TINY_VISION, image_size=args.image_size)
     elif args.videos:
         vision = vision_config(args.vision, args.image_size)
-    same = ("lora_rank", "lora_alpha", "dtype", "layout", "width", "levels", "head_window",
-            "ranges", "drop_path", "prior", "lambda_loc", "label_smoothing")
+    same = ("lora_rank", "lora_alpha", "dtype", "layout", "language_stride", "width", "levels",
+            "head_window", "ranges", "drop_path", "prior", "lambda_loc", "label_smoothing")
     return Config(descriptions, "" if args.lambda_lang == 0 else lm,
                   dim=language_config(lm).hidden_size, feature_dim=training_set.feature_dim,
                   vision=vision, class_agnostic=bool(args.external_scores),

@@ -13,6 +13,7 @@ causal, and no other token sees it. Text-first has an ordinary causal mask.
 Dimensions beside those of model.py: T tokens of the prompt, A of the answer, N of the whole
 sequence, n that one call reads.
 """
+import math
 from contextlib import nullcontext
 from typing import NamedTuple
 
@@ -24,6 +25,7 @@ from transformers import DynamicCache
 
 from support import language_models
 from support.annotations import InputError
+from support.arithmetic import mean_of_groups, stretch
 
 SPECIAL_TOKENS = ("[cls]", "[loc]", "[adv]")
 ANSWER = "\nAnswer: "                # stands between prompt and T_pred
@@ -84,12 +86,13 @@ class LanguageModel(nn.Module):
     folder: see `support.language_models`. descriptions: {label: sentence}, in class order.
     layout: "frames-first" (the paper's order) or "text-first", see the top of this file.
     dtype: "float32" or "bfloat16", of frozen weights and arithmetic; the rest stays float32.
+    stride: K frames share one mean v_l and its special tokens; the paper has K = 1.
     """
 
     def __init__(self, folder, descriptions, lora_rank=128, lora_alpha=256,
-                 layout="frames-first", dtype="float32"):
+                 layout="frames-first", dtype="float32", stride=1):
         super().__init__()
-        self.layout, self.classes = layout, list(descriptions)
+        self.layout, self.stride, self.classes = layout, stride, list(descriptions)
         base, self.tokenizer = language_models.load_language_model(folder, getattr(torch, dtype))
         self.lm = language_models.add_lora(base, lora_rank, lora_alpha)
         table = base.get_input_embeddings().weight
@@ -109,6 +112,7 @@ class LanguageModel(nn.Module):
     def forward(self, f_vis, mask, answers=None):
         """f_vis: (B, L, D) of unit scale. mask: (B, L) bool. answers: B texts T_pred, or None."""
         L = f_vis.size(1)
+        steps = math.ceil(L / self.stride)
         answer_ids, answer_valid, labels = self.answer_tokens(answers, mask)
         tokens, valid = self.sequence(f_vis, mask, answer_ids, answer_valid)      # (B, N, D)
         cache = None
@@ -119,12 +123,16 @@ class LanguageModel(nn.Module):
         A = answer_ids.size(1)
         n = hidden.size(1)
         hidden, answer = hidden.split([n - A, A], dim=1)
-        frames = hidden[:, -4 * L:]
+        frames = hidden[:, -4 * steps:]
         if self.layout == "frames-first":
-            frames = hidden[:, :4 * L]
+            frames = hidden[:, :4 * steps]
         frame, cls, loc, adv = rearrange(frames.float(), "b (l four) d -> four b l d", four=4)
+        features = self.read_out(frame, cls, loc, adv)
+        if self.stride > 1:
+            real = (mask.sum(1) / self.stride).ceil().long()                      # (B,)
+            features = [stretch(f, real, steps * self.stride)[:, :L] for f in features]
         text_loss = None if answers is None else self.text_loss(answer, labels)
-        return LanguageFeatures(*self.read_out(frame, cls, loc, adv), text_loss)
+        return LanguageFeatures(*features, text_loss)
 
     def read_out(self, frame, cls, loc, adv):
         """The hidden states of v_l, [cls], [loc], [adv] -> F_lang,cls, F_lang,loc, F_adv."""
@@ -140,6 +148,7 @@ class LanguageModel(nn.Module):
 
         Returns embeddings (B, N, D) and which of them are real (B, N).
         """
+        f_vis, mask = mean_of_groups(f_vis, mask, self.stride)
         B, L = mask.size()
         special = repeat(self.special_tokens, "three d -> b l three d", b=B, l=L)
         # v_l has the scale of the model's own embeddings.
@@ -203,8 +212,8 @@ class LanguageModel(nn.Module):
         return self.sequence_length(L) if self.layout == "frames-first" else 0
 
     def sequence_length(self, L):
-        """Tokens of a window of L frames with the prompt, without the answer: 4L + T."""
-        return 4 * L + len(self.prompt_ids)
+        """Tokens of a window of L frames with the prompt, without the answer: 4 L/K + T."""
+        return 4 * math.ceil(L / self.stride) + len(self.prompt_ids)
 
     def check_length(self, L):
         """Raises InputError where the language model has too few positions for L frames."""
@@ -213,9 +222,9 @@ class LanguageModel(nn.Module):
         if found > limit:
             raise InputError(
                 f"descriptions: expected at most {limit} tokens, the positions of the language "
-                f"model, found {found}: {4 * L} of a window of {L} frames, {len(self.prompt_ids)} "
-                f"of the {len(self.classes)} descriptions, up to {LONGEST_ANSWER} of an answer; "
-                f"shorten the sentences, or lower --window")
+                f"model, found {found}, of these {len(self.prompt_ids)} of the "
+                f"{len(self.classes)} descriptions and up to {LONGEST_ANSWER} of an answer; "
+                f"shorten the sentences, lower --window ({L} frames), or raise --language-stride")
 
     def tokenize(self, text):
         return self.tokenizer(text, add_special_tokens=False).input_ids

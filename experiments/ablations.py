@@ -28,6 +28,8 @@ def fixed_weight(model, args, weight: float | None = None) -> None:
 def generated_weight(model, args) -> None:
     """Table 4: the weight is the probability of "yes" against "no" after [adv]."""
     model.predict_advantage = YesOrNo(model.language)
+    del model.standardise_adv
+    model.standardise_adv = lambda f_adv, mask: f_adv
     model.language_weight = torch.sigmoid
     args.lambda_adv = 0.0
 
@@ -48,6 +50,16 @@ def labels_only(model, args) -> None:
     model.config.descriptions = dict.fromkeys(model.config.descriptions, "")
     model.language.set_descriptions(model.config.descriptions)
 
+def shuffled_descriptions(model, args) -> None:
+    """A control: training and test describe every action by the sentence of another class."""
+    third = max(1, len(model.config.descriptions) // 3)
+    model.language.set_descriptions(rotated(model.config.descriptions, third))
+
+def rotated(descriptions: dict, distance: int) -> dict:
+    """Each label gets the sentence of the label that stands `distance` places after it."""
+    labels, texts = zip(*descriptions.items())
+    return dict(zip(labels, texts[distance:] + texts[:distance]))
+
 def vision_tokens(model, args) -> None:
     """Table 9 (b): all features are hidden states of the vision tokens v_l."""
     model.language.read_out = lambda frame, cls, loc, adv: (frame, frame, frame)
@@ -65,5 +77,5 @@ def without_adv(model, args) -> None:
     args.lambda_adv = 0.0
 
 ABLATIONS = {"only-language": only_language, "labels-only": labels_only,
-             "vision-tokens": vision_tokens, "shared-token": shared_token,
-             "without-tg": without_tg, "without-adv": without_adv}
+             "shuffled-descriptions": shuffled_descriptions, "vision-tokens": vision_tokens,
+             "shared-token": shared_token, "without-tg": without_tg, "without-adv": without_adv}

@@ -1,6 +1,6 @@
 """experiments/bias.py - how much a model depends on language (§4.3, Tables 3 and 5).
 
-    python -m experiments.bias --checkpoint out                             # LAP, mLA
+    python -m experiments.bias --checkpoint out                      # LAP, mLA, benefit of language
     python -m experiments.bias --checkpoint out --groups vision-only.json   # Table 3, mLA
     python -m experiments.bias --checkpoint out --incomplete                # Table 5
 """
@@ -12,9 +12,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from advantage import frame_classes
-from data import load_data, seconds_to_grid
+from advantage import frame_classes, language_advantage
+from data import batch_loader, load_data, seconds_to_grid
 from evaluate import detect, mean_average_precision, open_checkpoint, score
+from experiments.ablations import rotated
+from head import detection_loss
 from support.annotations import InputError, is_number, read_field
 from support.commands import checkpoint_flags, run_command
 from support.flags import real
@@ -28,7 +30,7 @@ def main(argv=None) -> int:
     """Returns the exit code: 0, or 2 for a mistake in the flags or files."""
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     flag = parser.add_argument
-    checkpoint_flags(flag)
+    checkpoint_flags(flag, required=True)
     flag("--easy", type=real(0, 1), default=0.85, help="lowest AP of an easy action (%(default)s)")
     flag("--hard", type=real(0, 1), default=0.5, help="AP below it: a hard action (%(default)s)")
     flag = parser.add_mutually_exclusive_group().add_argument
@@ -38,8 +40,6 @@ def main(argv=None) -> int:
     flag("--incomplete", nargs="?", const="", metavar="FILE",
          help="Table 5: begun actions, the subset 'incomplete' of FILE (default: of the demo)")
     args = parser.parse_args(argv)
-    if not args.checkpoint:
-        parser.error("expected --checkpoint DIR")
     if args.hard > args.easy:
         parser.error(f"--hard {args.hard}: expected at most --easy, found {args.easy}")
     return run_command("bias.py", score_bias if args.incomplete is None else score_incomplete, args)
@@ -59,6 +59,9 @@ def score_bias(args) -> None:
         names = ["all", *result["classes"]]
         result["mLA"] = {n: mean_language_advantage(found.advantage, test, [n]) for n in names}
         print("mLA: " + ", ".join(f"{name} {mLA:.4f}" for name, mLA in result["mLA"].items()))
+        result["benefit"] = language_benefit(model, test, train_args)
+        print("true benefit of language: " + ", ".join(
+            f"{name} {value:.4f}" for name, value in result["benefit"].items()))
     if args.groups:
         result["groups"] = score_groups(result, reference, args, found.advantage, test)
     else:
@@ -68,13 +71,34 @@ def score_bias(args) -> None:
 def add_lap(result: dict, model, predict, test, tiou: list) -> None:
     """LAP (§4.3): the relative drop of the average mAP with unmatched descriptions. Each label
     gets the one of the label half the list away. predict() -> (predictions, ...)."""
-    labels, texts = zip(*model.config.descriptions.items())
-    half = len(labels) // 2
-    model.language.set_descriptions(dict(zip(labels, texts[half:] + texts[:half])))
+    descriptions = model.config.descriptions
+    model.language.set_descriptions(rotated(descriptions, len(descriptions) // 2))
     after = mean_average_precision(to_ground_truth(test.videos), predict()[0], tiou)["average"]
     before = result["average"]
     result["LAP"] = (before - after) / before if before else 0.0
     print(f"with unmatched descriptions: mAP {100 * after:.2f} %, LAP {100 * result['LAP']:.2f} %")
+
+@torch.no_grad()
+def language_benefit(model, dataset, args) -> dict:
+    """Mean true benefit of frames: the head's loss on F_vis alone minus that with language.
+    Correlations are Pearson's over action frames, of advantage, benefit and target (Eq. 1)."""
+    model.eval()
+    rows, actions = [], []
+    class_mean = model.class_means.mean()
+    for batch in batch_loader(dataset, model.multiple, args.workers, batch_size=args.batch_size):
+        batch = batch.to(class_mean.device)
+        output = model(batch)
+        loss = detection_loss(output, batch, model.head).per_frame
+        vision_only = model(batch, use_language=False)
+        benefit = detection_loss(vision_only, batch, model.head).per_frame - loss
+        target = language_advantage(class_mean, loss, batch.frame_class)
+        rows.append(torch.stack([output.advantage, benefit, target])[:, batch.mask])
+        actions.append((batch.frame_class < len(model.config.classes))[batch.mask])
+    rows, action = torch.cat(rows, 1).double(), torch.cat(actions)             # (3, n), (n,)
+    correlation = torch.corrcoef(rows[:, action]).tolist()
+    return {"action": rows[1, action].mean().item(), "background": rows[1, ~action].mean().item(),
+            "correlation": correlation[0][1], "with target": correlation[0][2],
+            "target with benefit": correlation[1][2]}
 
 def mean_language_advantage(advantage: dict, dataset, names: list) -> float:
     """mLA (Table 3): mean predicted advantage {video: (T,)} of the steps of some classes, or of

@@ -27,11 +27,9 @@ CUT = "…"                            # closes a generated answer that did not 
 def main(argv=None) -> int:
     """Returns the exit code: 0, or 2 for a mistake in the flags or files."""
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    checkpoint_flags(parser.add_argument)
+    checkpoint_flags(parser.add_argument, required=True)
     parser.add_argument("--max-new-tokens", type=integer(1), default=256, help="longest answer")
     args = parser.parse_args(argv)
-    if not args.checkpoint:
-        parser.error("expected --checkpoint DIR")
     return run_command("question_answering.py", score_answers, args)
 
 def score_answers(args) -> None:
@@ -66,11 +64,10 @@ def answer(model, test, args, max_new_tokens: int = 256) -> tuple:
         texts = generate(model.language, model.visual(batch), batch.mask, max_new_tokens)
         for window, text in zip(batch.windows, texts):
             proposals = parse_proposals(text, classes)
-            rows = [(classes.index(label), start, end) for label, start, end in proposals]
-            rows = torch.tensor(rows, dtype=torch.long).reshape(-1, 3)
-            segments = rows[:, 1:].float() + window.start            # in steps of the video
-            scores = 1 / (1 + torch.arange(len(rows)))
-            found[window.video.name].append((segments, scores, rows[:, 0]))
+            segments = torch.tensor([times for _, *times in proposals]).reshape(-1, 2).float()
+            labels = torch.tensor([classes.index(label) for label, *_ in proposals]).long()
+            scores = 1 / (1 + torch.arange(len(proposals)))
+            found[window.video.name].append((segments + window.start, scores, labels))
             answers.append(dict(video=window.video.name, start=window.start, length=window.length,
                                 text=text, proposals=proposals))
     return merge_windows(found, test, classes, args), answers

@@ -1,1 +1,0 @@
-"""A full-size run needs these files, and the paper does not explain them."""

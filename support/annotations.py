@@ -6,7 +6,6 @@ import sys
 import zlib
 from collections import Counter
 from dataclasses import dataclass, field, replace
-from difflib import get_close_matches
 from pathlib import Path
 from reprlib import repr as shorten  # a value for a message; a long or deep one in part
 
@@ -42,11 +41,8 @@ class Video:
     path: Path | None = None                                                # video or feature file
 
 def load_annotations(path, labels: str = "verb", notes: list | None = None) -> list:
-    """Annotation files (docs/data.md lists the formats) -> list of Video, in their order.
-
-    labels: "verb" or "noun", of EPIC-Kitchens-100. `notes` receives a sentence on every kind of
-    change by `tidy`. Raises InputError.
-    """
+    """Annotation files (docs/data.md) -> list of Video, in their order, or InputError.
+    labels: verb or noun, of EPIC-Kitchens-100. notes: gets a sentence on each kind of change."""
     videos, found = [], Counter()
     for file in annotation_files(path):
         if file.suffix != ".csv":
@@ -212,20 +208,17 @@ def load_external_scores(path, classes: list, videos: list) -> dict:
 
 def load_descriptions(path, classes: list, notes: list) -> dict:
     """JSON {label: description} (T_desc) -> those of `classes`, in order; `notes` names others."""
-    content, missing = read_json(path), []
+    content = read_json(path)
     for label, text in content.items():
         expect(is_text(text), f"{path}: '{label}'", "a text that describes it", shorten(text))
-    lower = {label.lower(): label for label in content}
-    for name in classes:
-        if name not in content:
-            near = get_close_matches(name.lower(), lower, 1, 0.8)
-            missing.append(f"{name} (there is '{lower[near[0]]}': spell it so)" if near else name)
-    expect(not missing, path, "a description for every class", f"none for {', '.join(missing)}",
-           "add a sentence for each, from start pose to end pose")
+    missing = [name for name in classes if name not in content]
     unused = [label for label in content if label not in classes]
+    others = f"not used: {first_ten(unused)}"
+    expect(not missing, path, "a description for every class",
+           f"none for {first_ten(missing)} ({others})", "add a sentence for each, spelled as there")
     if unused:
         notes.append(f"{path}: {len(unused)} descriptions of classes that the annotations have "
-                     f"not, not used: {first_ten(unused)}")
+                     f"not, {others}")
     return {name: content[name] for name in classes}
 
 def read_json(path, *fields: str) -> dict:

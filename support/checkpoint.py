@@ -7,6 +7,7 @@ import signal
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,8 +19,7 @@ from support.processes import rank, world_size
 FILES = ("checkpoint.safetensors", "log.jsonl", "result.json", "report.png")   # of a run, in --out
 
 def save_checkpoint(path: Path, state) -> None:
-    """Write a train.TrainingState as one safetensors file, with the first process's random state.
-    It counts windows, not batches, so that a run can go on with another --batch-size."""
+    """Write a train.TrainingState. It counts windows, not batches: --batch-size may change."""
     tensors = {f"model.{name}": tensor for name, tensor in model_state(state.model).items()}
     tensors.update({f"ema.{name}": tensor for name, tensor in state.ema.items()})
     for name, parameter in trained_parameters(state.model):
@@ -47,14 +47,13 @@ def resume(path: Path, state) -> None:
     expect(not differ, path, "the configuration of this run", f"another in {', '.join(differ)}",
            "use the flags of the first run, or another --out")
     restore(state.model, path, part(saved.tensors, "model."))
-    average = {**part(saved.tensors, "model."), **part(saved.tensors, "ema.")}
+    average = averaged(saved)
     for name, tensor in state.ema.items():
         tensor.copy_(average[name])
-    for key in ("step", "exp_avg", "exp_avg_sq"):
-        moments = part(saved.tensors, f"optimizer.{key}.")
-        for name, parameter in trained_parameters(state.model):
-            if name in moments:
-                state.optimizer.state[parameter][key] = moments[name].to(args.device)
+    parameters = dict(trained_parameters(state.model))
+    for name, tensor in part(saved.tensors, "optimizer.").items():
+        key, name = name.split(".", 1)                              # step, exp_avg, exp_avg_sq
+        state.optimizer.state[parameters[name]][key] = tensor.to(args.device)
     state.epoch, state.step = saved.progress["epoch"], saved.progress["step"]
     state.batches_done = saved.progress["windows"] // (args.batch_size * world_size())
     state.sums = saved.progress["sums"]
@@ -81,14 +80,13 @@ def read_checkpoint(path, lm: str | None = None) -> argparse.Namespace:
             config["lm"] = lm or str(beside if beside.exists() else config["lm"])
         args = argparse.Namespace(**args)
     except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
-        found = f"no field {error} in its header" if isinstance(error, KeyError) else error
-        raise InputError(f"{path}: expected a checkpoint that train.py wrote, "
-                         f"found: {found}") from error
+        found = f"no field {error} in its header" if isinstance(error, KeyError) else f"{error}"
+        expect(False, path, "a checkpoint that train.py wrote", found, "give another")
     return argparse.Namespace(config=config, args=args, progress=progress, tensors=tensors)
 
-def restore_average(model, path, saved: argparse.Namespace) -> None:
-    """Put the averaged weights of a checkpoint into a model, for evaluation."""
-    restore(model, path, {**part(saved.tensors, "model."), **part(saved.tensors, "ema.")})
+def averaged(saved) -> dict:
+    """The tensors of a checkpoint's model, with averaged weights where there are any."""
+    return {**part(saved.tensors, "model."), **part(saved.tensors, "ema.")}
 
 def restore(model, path, tensors: dict) -> None:
     """Copy tensors into the model; every one has to be there, and none may be left over."""
@@ -117,13 +115,11 @@ def open_folder(out: Path, args) -> None:
     if rank():                      # the first process has done it
         return
     found = [name for name in FILES if (out / name).exists()]
-    expect(not args.resume or FILES[0] in found, "--resume",
-           f"{FILES[0]} of an earlier run in --out {out}", "none",
+    expect(not args.resume or FILES[0] in found, f"--resume: --out {out}", FILES[0], "none",
            "start without --resume, or name another folder")
     if not args.resume and not args.dry_run:
         expect(args.overwrite or not found, f"--out {out}", "a folder without a run",
-               ", ".join(found),
-               "go on with --resume, start over with --overwrite, or name another folder")
+               ", ".join(found), "--resume goes on, --overwrite starts over; or name another")
         for name in found:
             (out / name).unlink()
         if args.lm == "tiny":       # an earlier run's tokenizer has read other descriptions
@@ -131,8 +127,7 @@ def open_folder(out: Path, args) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"--out {out}: expected a folder that can be written to, found: "
-                         f"{error.strerror}; name another one") from error
+        expect(False, f"--out {out}", "a folder to write to", error.strerror, "name another one")
 
 def read_log(path: Path) -> list:
     """The rows of log.jsonl."""
@@ -151,20 +146,14 @@ def written_whole(path):
     beside = path.with_name(f"partial-{path.name}")         # keeps the suffix, which savefig reads
     try:
         yield beside
-        to_disk(beside)
+        with open(beside) as file:
+            os.fsync(file.fileno())
         os.replace(beside, path)
-        to_disk(path.parent)                                # holds the new name
     except (OSError, SafetensorError) as error:
-        raise InputError(f"{path}: could not be written: {error}; it is as it was. Make room, or "
-                         f"look at the permissions of its folder; --resume goes on") from error
+        raise InputError(f"{path}: could not be written: {error}; make room, or look at the "
+                         f"permissions of its folder; --resume goes on") from error
     finally:
         beside.unlink(missing_ok=True)
-
-def to_disk(path) -> None:
-    """Returns when the content of a file or folder is on the disk."""
-    file = os.open(path, os.O_RDONLY)
-    os.fsync(file)
-    os.close(file)
 
 class Stopped(BaseException):
     """SIGINT or SIGTERM ended the training; `code` is the exit code."""
@@ -173,29 +162,28 @@ class Stopped(BaseException):
         super().__init__(f"stopped by {signal.Signals(number).name}; --resume goes on from here")
         self.code = 128 + number
 
-class StopSignals:
-    """While entered, the first SIGINT or SIGTERM is noted, for a step to end first; the second
-    ends the process. Among several processes, which wait for each other, both do."""
+@contextmanager
+def stop_signals():
+    """Yields an object whose `received` becomes the number of the first SIGINT or SIGTERM, for a
+    step to end first; the second ends the process. Among several processes, which wait for each
+    other, both do. Raises Stopped at the end."""
+    signals, before = SimpleNamespace(received=0), {}
 
-    def __init__(self):
-        self.received, self.before = 0, {}
-
-    def __enter__(self) -> "StopSignals":
-        for number in (signal.SIGINT, signal.SIGTERM):
-            if world_size() == 1 and signal.getsignal(number) != signal.SIG_IGN:
-                self.before[number] = signal.signal(number, self.receive)
-        return self
-
-    def receive(self, number: int, _) -> None:
-        self.received = number
-        for each in self.before:
+    def receive(number: int, _) -> None:
+        signals.received = number
+        for each in before:
             signal.signal(each, signal.SIG_DFL)
 
-    def __exit__(self, *_) -> None:
-        for number, handler in self.before.items():
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if world_size() == 1 and signal.getsignal(number) != signal.SIG_IGN:
+            before[number] = signal.signal(number, receive)
+    try:
+        yield signals
+    finally:
+        for number, handler in before.items():
             signal.signal(number, handler)
-        if self.received:
-            raise Stopped(self.received)
+    if signals.received:
+        raise Stopped(signals.received)
 
 def leave_group(worker: int) -> None:
     """Take a worker of a DataLoader out of its group of processes, which Ctrl-C ends as a whole."""

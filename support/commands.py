@@ -28,9 +28,9 @@ def evaluate_args(description: str, argv=None) -> argparse.Namespace:
         parser.error("--video, --lm: expected --checkpoint DIR with them")
     return args
 
-def checkpoint_flags(flag):
-    """Of the commands that open a trained model."""
-    flag("--checkpoint", metavar="DIR", help="folder that train.py wrote")
+def checkpoint_flags(flag, **options):
+    """Of the commands that open a trained model. options: of --checkpoint, for argparse."""
+    flag("--checkpoint", metavar="DIR", help="folder that train.py wrote", **options)
     flag("--lm", metavar="DIR", help="where the language model of the training is now, if moved")
     flag("--out", metavar="DIR", help="folder for results and pictures (default: the checkpoint's)")
     flag("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu")

@@ -15,10 +15,7 @@ FPS, SIZE = 10, 64                                       # frames a second, pixe
 
 def make_demo(folder, train: int = 96, test: int = 24, incomplete: int = 12) -> None:
     """Write the demo data set, the same every time, unless it is there already.
-
-    train, test, incomplete: numbers of clips of about 10 s. Actions of incomplete.json (Table 5)
-    turn back halfway. An interrupted run starts over.
-    """
+    train, test, incomplete: numbers of clips of about 10 s; an interrupted run starts over."""
     folder = Path(folder)
     (folder / "videos").mkdir(parents=True, exist_ok=True)
     files = {"annotations.json": [("training", train, 1), ("test", test, 2)],

@@ -18,13 +18,13 @@ def report(path, log: list, videos: list, detections, descriptions: dict) -> Non
     top, *rows = figure.subfigures(3, 1, height_ratios=[3.6, 5, 5])
     loss_curves(top, log)
     for row, video in zip(rows, videos):
-        timeline(row, video, detections, descriptions, min_score=0.3)
+        timeline(row, video, {"detected": detections}, descriptions, min_score=0.3)
     figure.savefig(path, dpi=90)
 
-def one_video(path, video: Video, detections, descriptions: dict, min_score: float) -> None:
-    """The timeline of one video as a picture of its own."""
-    figure = matplotlib.figure.Figure(figsize=(13, 5), layout="constrained")
-    timeline(figure, video, detections, descriptions, min_score)
+def one_video(path, video: Video, found: dict, descriptions: dict, min_score: float) -> None:
+    """The timeline of one video as a picture of its own. found: see `timeline`."""
+    figure = matplotlib.figure.Figure(figsize=(13, 3.6 + 1.4 * len(found)), layout="constrained")
+    timeline(figure, video, found, descriptions, min_score)
     figure.savefig(path, dpi=90)
 
 def loss_curves(figure, log: list) -> None:
@@ -41,30 +41,42 @@ def loss_curves(figure, log: list) -> None:
         if rows:
             panel.legend(fontsize=8)
 
-def timeline(figure, video: Video, detections, descriptions: dict, min_score: float) -> None:
-    """Fig. 4, 5: frames, truth, detections, lambda over seconds; below, the descriptions."""
-    found = detections.predictions[video.name]
-    shown = [i for i, score in enumerate(found["scores"]) if score >= min_score][:20]
-    labels = [found["labels"][i] for i in shown]
-    names = sorted({*video.labels, *labels})
-    colours = {name: matplotlib.colormaps["tab20"](i % 20) for i, name in enumerate(names)}
+def timeline(figure, video: Video, found: dict, descriptions: dict, min_score: float) -> None:
+    """Fig. 4, 5: frames, truth, a row per model, lambda over seconds; below, the descriptions.
+    found: {title: evaluate.Detections}. A class has one colour in all pictures of a run."""
+    colours = {name: matplotlib.colormaps["tab20"](i % 20) for i, name in enumerate(descriptions)}
     figure.suptitle(f"{video.name}: detections with a score of at least {min_score}", fontsize=10)
-    axes = figure.subplots(4, 1, sharex=True, height_ratios=[1.3, 0.7, 1.4, 1])
-    for axis, label in zip(axes, ("frames", "truth", "detected", r"$\lambda_{lang}$")):
+    heights = [1.3, 0.7, *[1.4] * len(found), 1]
+    axes = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
+    for axis, label in zip(axes, ("frames", "truth", *found, r"$\lambda_{lang}$")):
         axis.set_ylabel(label, fontsize=9)
     draw_input(axes[0], video)
     draw_bars(axes[1], video.segments, video.labels, video.labels, colours, video.fps)
-    texts = [f"{label} {found['scores'][i]:.2f}" for label, i in zip(labels, shown)]
-    draw_bars(axes[2], found["segments"][shown], labels, texts, colours, video.fps)
+    names = set(video.labels)
+    for axis, detections in zip(axes[2:], found.values()):
+        rows = detections.predictions[video.name]
+        shown = [i for i, score in enumerate(rows["scores"]) if score >= min_score][:20]
+        labels = [rows["labels"][i] for i in shown]
+        names.update(labels)
+        texts = [f"{label} {rows['scores'][i]:.2f}" for label, i in zip(labels, shown)]
+        draw_bars(axis, rows["segments"][shown], labels, texts, colours, video.fps)
+    draw_weight(axes[-1], video, list(found.values())[-1])
+    told = [shorten(f"{name}: {descriptions[name]}", 170) for name in sorted(names)]
+    axes[-1].set_xlabel("\n".join(["seconds", *told[:6]]), fontsize=8)
+
+def draw_weight(axis, video: Video, detections) -> None:
+    """lambda on an axis that ends at its highest value, and the predicted advantage beside it."""
+    axis.set(xlim=(0, video.duration))
     weight = detections.lambda_lang.get(video.name)
     if weight is None:
-        axes[3].text(0.5, 0.5, "vision only", transform=axes[3].transAxes, ha="center", va="center")
-    else:
-        seconds = (np.arange(len(weight)) + 0.5) * video.duration / len(weight)
-        axes[3].plot(seconds, weight, color="black", lw=1)
-    axes[3].set(ylim=(0, 1), xlim=(0, video.duration))
-    told = [shorten(f"{name}: {descriptions[name]}", 170) for name in names if name in descriptions]
-    axes[3].set_xlabel("\n".join(["seconds", *told[:6]]), fontsize=8)
+        axis.text(0.5, 0.5, "vision only", transform=axis.transAxes, ha="center", va="center")
+        return
+    seconds = (np.arange(len(weight)) + 0.5) * video.duration / len(weight)
+    axis.plot(seconds, weight, color="black", lw=1)
+    axis.set_ylim(0, 1.05 * max(weight.max(), 1e-6))
+    beside = axis.twinx()
+    beside.plot(seconds, detections.advantage[video.name], color="tab:blue", lw=0.7)
+    beside.set_ylabel("predicted advantage", fontsize=7, color="tab:blue")
 
 def draw_input(axis, video: Video) -> None:
     """16 frames of the video side by side, or the features as an image."""

@@ -7,8 +7,8 @@ from support.presets import PRESETS, get_preset
 from support.weights import TINY_VISION
 
 TIOU = [0.3, 0.4, 0.5, 0.6, 0.7]
-ABLATIONS = ("only-language", "labels-only", "vision-tokens", "shared-token", "without-tg",
-             "without-adv")
+ABLATIONS = ("only-language", "labels-only", "shuffled-descriptions", "vision-tokens",
+             "shared-token", "without-tg", "without-adv")
 HEADS = 4                       # attention heads of the detection head
 ABOVE_0, BELOW_1 = 1e-9, 0.999999
 
@@ -47,7 +47,7 @@ def data_flags(flag):
 
 def model_flags(flag):
     gpu = torch.cuda.is_available()
-    flag("--vision", default="tiny", help="VideoMAE file or folder, or InternViT folder")
+    flag("--vision", default="tiny", help="file or folder: VideoMAE, InternViT, InternVideo2")
     flag("--lm", default="tiny", help="folder or name of a causal language model or InternVL3")
     flag("--dtype", choices=["float32", "bfloat16"], default="bfloat16" if gpu else "float32",
          help="of frozen weights and of encoder's and language model's arithmetic")
@@ -55,6 +55,7 @@ def model_flags(flag):
     flag("--lora-alpha", type=real(), default=256, help="LoRA scale times rank")
     flag("--layout", choices=["frames-first", "text-first"], default="frames-first",
          help="order of the tokens, see vlm.py")
+    flag("--language-stride", type=integer(1), default=1, help="K frames share one v_l (paper: 1)")
     flag("--lambda-lang", type=lambda_lang, default="learned", metavar="{learned,generated,0..1}",
          help="weight of language: Eq. 4, or a row of Table 4 (0 = vision only)")
     flag("--ablation", choices=ABLATIONS, help="a row of Tables 2, 4, 9: experiments/ablations.py")

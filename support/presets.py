@@ -1,5 +1,4 @@
 """support/presets.py - the recipe of each data set: presets.json, plain values of train.py's flags.
-
 A flag on the command line wins. Presets are end to end; FEATURE_PRESETS change them for features.
 """
 import json

@@ -40,24 +40,22 @@ def load_predictions(path) -> dict:
 def doubts(ground_truth: dict, predictions: dict):
     """Yields sentences on possible mistakes: unknown labels or videos, and many equal scores."""
     classes = {label for entry in ground_truth.values() for label in entry["labels"]}
-    count, distinct = Counter(), set()
+    rows = []                                                        # (label, score)
     for entry in predictions.values():
-        count.update(entry["labels"])
-        distinct.update(zip(entry["labels"], entry["scores"].tolist()))
-    unknown = sorted(set(count) - classes)
+        rows += zip(entry["labels"], entry["scores"].tolist())
+    unknown = Counter(label for label, _ in rows if label not in classes)
     if unknown:
-        yield (f"{sum(count[label] for label in unknown)} detections have a label that the ground "
-               f"truth has not, and are not scored: {first_ten(unknown)} (labels are compared "
-               f"exactly)")
+        yield (f"{unknown.total()} detections have a label that the ground truth has not, and are "
+               f"not scored: {first_ten(sorted(unknown))} (labels are compared exactly)")
     outside = sorted(set(predictions) - set(ground_truth))
     if outside:
         yield (f"{len(outside)} of {len(predictions)} videos with predictions are not in the "
                f"subset; detections there are wrong: {first_ten(outside)}")
-    repeats = count.total() - len(distinct)
-    if repeats > 0.01 * count.total():
-        yield (f"{repeats} of {count.total()} detections repeat a score of their class; the order "
-               f"of ties depends on the CPU and can move the mAP by some tenths of a percent "
-               f"(write scores with more digits)")
+    repeats = len(rows) - len(set(rows))
+    if repeats > 0.01 * len(rows):
+        yield (f"{repeats} of {len(rows)} detections repeat a score of their class; the order of "
+               f"ties depends on the CPU and can move the mAP by some tenths of a percent (write "
+               f"scores with more digits)")
 
 def write_result(path, predictions: dict) -> None:
     """{"results": {video: [{"label", "score", "segment": [start, end] (seconds)}]}} as a file."""

@@ -29,13 +29,15 @@ def describe_step(model, args, terms: dict) -> None:
         print(f"tokens of a window: {4 * L} for {L} frames + {len(language.prompt_ids)} for the "
               f"prompt = {language.sequence_length(L)}, then the answer")
     print("one step: " + "  ".join(f"{name} {value:.4f}" for name, value in terms.items()))
-    if args.device.startswith("cuda"):
-        where, peak = "the GPU", torch.cuda.max_memory_allocated()
-    else:
-        import resource  # not everywhere
-        usage = resource.getrusage(resource.RUSAGE_SELF)
-        where, peak = "this process", usage.ru_maxrss * 1024      # of Linux, in KiB
-    print(f"peak memory of {where}: {peak / 2**30:.2f} GiB")
+    where = "this process" if args.device == "cpu" else "the GPU"
+    print(f"peak memory of {where}: {peak_memory(args.device):.2f} GiB")
+
+def peak_memory(device: str) -> float:
+    """The peak of the memory of the GPU or, on a CPU, of this process, in GiB."""
+    if device != "cpu":
+        return torch.cuda.max_memory_allocated() / 2**30
+    import resource  # not everywhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20        # of Linux, in KiB
 
 def log_epoch(path, state, kind: str, terms: dict) -> None:
     """Print a train.TrainingState after an epoch, and log it. terms: {name: mean of the epoch}."""

@@ -1,36 +1,37 @@
-"""support/video.py - video and feature files: frames at given times, length and rate, rows."""
+"""support/video.py - video and feature files: which a run reads, frames at given times, rows."""
 import math
 from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 
-from support.annotations import InputError, expect
+from support.annotations import InputError, Video, expect, first_ten
+
+VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov")
 
 def read_frames(path, times: np.ndarray, short_side: int) -> np.ndarray:
     """The frames (N, h, w, 3), uint8 RGB, that a video shows at `times`; min(h, w) = short_side.
 
-    times: (N,) ascending seconds. The file's first frame is second 0, and its rate may vary.
-    Times after the last frame get the last frame: durations in annotation files are rounded.
-    Raises InputError for a file that cannot be decoded, that ends before the end that it states,
-    or where more than half of the times lie past the end.
+    times: (N,) ascending seconds; the first frame is second 0. Times after the last frame get the
+    last frame: durations in annotation files are rounded. Raises InputError for a file that cannot
+    be decoded or ends before the end that it states, or if half of the times lie past the end.
     """
     with opened(path) as container:
         frames, last, end = decode_frames(container, times, short_side)
         seconds = (container.duration or 0) / 1e6
-    expect(last is not None, path, f"frames from second {times[0]:.2f} on", "none",
-           "check the file, and duration and fps in the annotations")
     missing = len(times) - len(frames)
-    expect(not missing or end + max(1, 0.1 * seconds) >= min(times[-1], seconds), path,
-           f"{seconds:.1f} s, as the file says", f"frames up to {end:.1f} s",
+    whole = end + max(1, 0.1 * seconds) >= min(times[-1], seconds)
+    found = "none" if last is None else f"frames up to {end:.1f} s"
+    expect(whole or not missing, path, f"{seconds:.1f} s, as the file says", found,
            "it is cut off or broken: get it again or leave it out")
-    expect(times[len(times) // 2] <= max(end, seconds) + 1, path,
-           f"frames up to second {times[-1]:.1f}", f"the last at second {end:.1f}",
+    expect(times[len(times) // 2] <= max(end, seconds) + 1, path, f"{times[-1]:.1f} s", found,
            "correct its duration in the annotations, or leave it out with --leave-out")
     return np.stack(frames + [last] * missing)
 
 def decode_frames(container, times: np.ndarray, short_side: int) -> tuple:
-    """Decode an open file until every time has its frame -> (frames of the first of the times, the
-    last decoded frame or None, its second). Raises TypeError for frames out of order."""
+    """Decode until every time has its frame -> (frames of the first of the times, the last decoded
+    frame or None, its second). Raises TypeError for frames out of order."""
     from av.video.reformatter import VideoReformatter
     scaler = VideoReformatter()                      # one for all frames: making one costs most
     stream = container.streams.video[0]
@@ -76,8 +77,6 @@ def probe(path) -> tuple:
         fps = float(stream.average_rate)
         ticks = stream.duration
         seconds = float(ticks * stream.time_base) if ticks else container.duration / 1e6
-    expect(0 < seconds <= 1e6 and 0 < fps <= 1000, path, "a video of up to 1e6 s and 1000 fps",
-           f"{seconds:g} s of {fps:g} frames a second", "re-encode it or leave it out")
     return seconds, fps
 
 @contextmanager
@@ -88,11 +87,9 @@ def opened(path):
         with av.open(str(path), metadata_errors="replace") as container:   # titles in any encoding
             yield container
     except (av.error.FFmpegError, IndexError, OSError, TypeError) as error:
-        known = {IndexError: "no video stream",
-                 TypeError: "frames without rate or times, or not in order of time"}
-        raise InputError(f"{path}: expected a video that PyAV can decode, found: "
-                         f"{known.get(type(error), error)}; re-encode it (ffmpeg -i in -c:v "
-                         f"libx264 out.mp4) or leave it out") from error
+        known = {IndexError: "no video stream", TypeError: "frames without times or order"}
+        expect(False, path, "a video that PyAV can decode", f"{known.get(type(error), error)}",
+               "re-encode it (ffmpeg -i in -c:v libx264 out.mp4) or leave it out")
 
 def open_features(path, width: int = 0) -> np.ndarray:
     """A feature file (T, V) of real numbers as a memory map, without pickle. width: V (0 = any)."""
@@ -101,8 +98,59 @@ def open_features(path, width: int = 0) -> np.ndarray:
     except Exception as error:                       # a damaged header can fail in any way
         raise InputError(f"{path}: expected a .npy file with an array (T, V), found: {error}; "
                          f"extract this video again or leave it out") from error
-    expect(rows.ndim == 2 and rows.size, path, "an array (T, V) of at least one row", rows.shape)
-    expect(rows.dtype.kind in "fiu", path, "real numbers", f"an array of {rows.dtype}")
+    expect(rows.ndim == 2 and rows.size and rows.dtype.kind in "fiu", path,
+           "an array (T, V) of real numbers, at least one row", f"{rows.dtype} {rows.shape}")
     expect(width in (0, rows.shape[1]), path, f"{width} columns, as in the training videos",
            rows.shape[1], "extract all videos by the same encoder")
     return rows
+
+def choose_videos(videos: list, subset: str, args, notes: list) -> list:
+    """The videos of a subset, in any case, with path and fps; `notes` names those left out."""
+    chosen = [v for v in videos if v.subset.lower() == subset.lower()]
+    chosen = [v for v in chosen if v.name not in args.leave_out]
+    expect(chosen, args.annotations, f"videos of subset '{subset}' beside those of --leave-out",
+           "none", f"subsets there: {sorted({v.subset for v in videos})}")
+    folder = Path(args.videos or args.features)
+    suffixes = VIDEO_SUFFIXES if args.videos else (".npy",)
+    kind = "/".join(suffixes)
+    expect(folder.is_dir(), folder, f"a folder of {kind} files", "none")
+    files = {p.stem: p for p in sorted(folder.iterdir()) if p.suffix.lower() in suffixes}
+    paths = {v.name: files.get(v.name) or files.get(f"v_{v.name}") for v in chosen}
+    missing = [name for name, path in paths.items() if not path]
+    lack = f"none for {len(missing)} of {len(chosen)}: {first_ten(missing)}"
+    skip = (args.skip_missing or args.dry_run) and len(missing) < len(chosen)
+    expect(skip or not missing, folder, f"a {kind} file per annotated video", lack,
+           "add them, or leave these videos out with --skip-missing")
+    if missing:
+        notes.append(f"{folder}: found {lack}; left out")
+    chosen = [replace(v, path=paths[v.name]) for v in chosen if paths[v.name]]
+    for video in chosen:
+        video.fps = args.fps or video.fps
+        if not video.fps and args.videos:
+            video.fps = probe(video.path)[1]
+        where = f"{args.annotations}: video '{video.name}'"
+        expect(video.fps or args.resize_to, where, "fps", "none", "add it or give --fps")
+    return chosen
+
+def single_video(path: Path, feature_dim: int, train_args, fps: float) -> Video:
+    """A video or feature file on its own, by the flags of a training; feature_dim 0 = a video."""
+    if feature_dim == 0:
+        duration, fps = probe(path)
+        return Video(path.stem, duration, fps, path=path)
+    fps = fps or train_args.fps
+    expect(fps, f"--video {path}", "frames a second of the features", "none", "give --fps")
+    steps = len(open_features(path, feature_dim))
+    duration = (steps * train_args.stride + 0.5 * train_args.num_frames) / fps
+    return Video(path.stem, duration, fps, path=path)
+
+def doubt_steps(dataset) -> list:
+    """A sentence, if feature files have not as many rows as duration * fps / stride says."""
+    if dataset.image_size or dataset.resize_to:
+        return []
+    steps = np.array([dataset.steps(v) for v in dataset.videos])
+    frames = np.array([v.duration * v.fps for v in dataset.videos])
+    ratio = np.median(steps * dataset.stride / frames)
+    if 0.8 < ratio < 1.25:
+        return []
+    return [f"feature files have {ratio:.2f} times the rows of duration * fps / stride (median): "
+            f"segments lie in wrong places; check --stride, and fps in the annotations or --fps"]

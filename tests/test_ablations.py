@@ -10,7 +10,7 @@ from conftest import CLASSES, feature_batch
 import evaluate
 import train
 from experiments.ablations import ABLATIONS, ablate
-from model import aggregate, language_weight, normalise
+from model import aggregate, language_weight
 from support import checkpoint, flags
 from vlm import instruction
 
@@ -18,13 +18,14 @@ from vlm import instruction
 ROWS = {
     ("ablation", "only-language"): {"aggregate", "weight", "lambda_adv"},
     ("ablation", "labels-only"): {"descriptions", "prompt"},
+    ("ablation", "shuffled-descriptions"): {"prompt"},
     ("ablation", "vision-tokens"): {"read_out"},
     ("ablation", "shared-token"): {"read_out"},
     ("ablation", "without-tg"): {"lambda_tg"},
     ("ablation", "without-adv"): {"lambda_adv"},
     ("lambda_lang", 0.4): {"weight", "lambda_adv"},
     ("lambda_lang", 1.0): {"weight", "lambda_adv"},
-    ("lambda_lang", "generated"): {"advantage", "weight", "lambda_adv", "predict_advantage"},
+    ("lambda_lang", "generated"): {"advantage", "weight", "lambda_adv", "predict_advantage", "standardise_adv"},
 }
 NAMES = [str(value) for _, value in ROWS]
 every_row = pytest.mark.parametrize("row", ROWS, ids=NAMES)
@@ -48,6 +49,9 @@ def make_ablated(make_model):
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.1)
+        for name, buffer in model.named_buffers():                      # else standardising changes nothing
+            if name.startswith("standardise_") and not name.endswith("steps"):
+                torch.nn.init.uniform_(buffer, 0.5, 2)
         if flag:
             ablate(model, args)
         return model, args
@@ -64,8 +68,8 @@ def parts(model, args) -> dict:
         "advantage": model.predict_advantage(d), "prompt": model.language.prompt_ids,
         "read_out": torch.stack(model.language.read_out(a, b, c, d)), "descriptions": config.pop("descriptions"),
         "config": config, "predict_advantage": [n for n, _ in model.predict_advantage.named_parameters()],
-        "lambda_tg": args.lambda_tg, "lambda_adv": args.lambda_adv, "lambda_loc": args.lambda_loc,
-        "rest": {n: t for n, t in model.state_dict().items() if not n.startswith("predict_advantage.")},
+        "standardise_adv": model.standardise_adv(d, torch.ones(2, 5, dtype=torch.bool)), "lambda_tg": args.lambda_tg, "lambda_adv": args.lambda_adv, "lambda_loc": args.lambda_loc,
+        "rest": {n: t for n, t in model.state_dict().items() if not n.startswith(("predict_advantage.", "standardise_adv."))},
         "trained": [n for n, p in model.named_parameters() if p.requires_grad and not n.startswith("predict_advantage.")],
     }
 
@@ -91,7 +95,8 @@ def test_a_row_changes_what_it_says_and_nothing_else(make_ablated, row):
 def test_table2_only_language_f_lang_alone_reaches_the_head(make_ablated):
     model, batch = make_ablated("ablation", "only-language")[0].eval(), feature_batch([8, 6], L=8)
     output, lang = model(batch), model.language(model.visual(batch), batch.mask)
-    alone = model.head(normalise(lang.f_lang_cls), normalise(lang.f_lang_loc), batch.mask)
+    f_cls, f_loc = model.standardise_cls(lang.f_lang_cls, batch.mask), model.standardise_loc(lang.f_lang_loc, batch.mask)
+    alone = model.head(f_cls, f_loc, batch.mask)
     torch.testing.assert_close(output.lambda_lang, batch.mask.float())
     for a, b in zip(output.cls_logits + output.offsets, alone.cls_logits + alone.offsets):
         torch.testing.assert_close(a, b)
@@ -122,7 +127,8 @@ def test_table4_fixed_weight_is_the_number_on_real_frames(make_ablated, weight):
     output, f_vis = model(batch), model.visual(batch)
     torch.testing.assert_close(output.lambda_lang, weight * batch.mask)
     lang = model.language(f_vis, batch.mask)
-    by_hand = model.head(f_vis + weight * normalise(lang.f_lang_cls), f_vis + weight * normalise(lang.f_lang_loc), batch.mask)
+    f_cls, f_loc = model.standardise_cls(lang.f_lang_cls, batch.mask), model.standardise_loc(lang.f_lang_loc, batch.mask)
+    by_hand = model.head(f_vis + weight * f_cls, f_vis + weight * f_loc, batch.mask)
     for a, b in zip(output.cls_logits + output.offsets, by_hand.cls_logits + by_hand.offsets):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 

@@ -245,8 +245,8 @@ DESCRIPTIONS = {
     "value a number": ({"Run": 1, "Jump": "x"}, THERE, "'Run'", "a text that describes it", "found 1"),
     "class missing": ({"Run": "Legs alternate."}, THERE, "found none for Jump", "add a sentence"),
     "empty": ({}, THERE, "Run", "Jump", "add a sentence"),
-    "label in another case": ({"run": "Legs alternate.", "Jump": "Up."}, THERE, "Run (there is 'run'", "spell"),
-    "label spelled otherwise": ({"Runs": "Legs alternate.", "Jump": "Up."}, THERE, "Run (there is 'Runs'"),
+    "label in another case": ({"run": "Legs alternate.", "Jump": "Up."}, THERE, "Run (not used: run)", "spell"),
+    "label spelled otherwise": ({"Runs": "Legs alternate.", "Jump": "Up."}, THERE, "Run (not used: Runs)"),
     "broken json": ("{", THERE, "expected a JSON file"),
 }
 
@@ -420,7 +420,7 @@ def test_a_title_in_another_encoding_does_not_matter(video_project):
 def test_a_duration_that_is_far_from_the_file(video_project, fails):
     folder, flags = video_project
     write(folder / "annotations.json", entry(duration=200)(json.loads((folder / "annotations.json").read_text())))
-    fails(train.main, [*flags, "--resize-to", "32"], "a.mp4", "second 19", "duration", "annotations", "--leave-out")
+    fails(train.main, [*flags, "--resize-to", "32"], "a.mp4", "expected 19", "duration", "annotations", "--leave-out")
 
 
 def test_a_video_shorter_than_a_clip_works(video_project, capsys):
@@ -748,7 +748,7 @@ def test_flags_of_reproduce_and_benchmark(fails, tmp_path):
     fails(reproduce.main, ["--out", tmp_path], "settings.json", "expected a JSON file")
     fails(benchmark.main, [], "what")
     fails(benchmark.main, ["full-size", "--device", "abacus"], "--device")
-    fails(benchmark.main, ["detector", "--only", "abacus"], "--only abacus")
+    fails(benchmark.main, ["full-size", "--only", "abacus"], "--only", "abacus", "S-1.5B")
 
 
 def test_a_gpu_without_room_says_what_to_lower(fails, monkeypatch):

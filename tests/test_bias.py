@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 import evaluate
 import train
@@ -36,6 +37,36 @@ def test_mla_by_hand():
     assert bias.mean_language_advantage(series, dataset, ["b"]) == 2.5
     assert bias.mean_language_advantage(series, dataset, ["all"]) == 3.5
     assert np.isnan(bias.mean_language_advantage(series, dataset, ["c"]))
+
+
+class GivenLosses:
+    """A model that predicts `advantage`, and whose language lowers the loss of frame l from 10 to 10 - benefit[l]."""
+    multiple, config, head = 1, SimpleNamespace(classes=["a"]), None
+    class_means = SimpleNamespace(mean=lambda: torch.tensor([7.0, 0.0]))
+
+    def __init__(self, advantage, benefit):
+        self.advantage, self.benefit = torch.tensor([advantage]), torch.tensor([benefit])
+
+    def eval(self):
+        return self
+
+    def __call__(self, batch, use_language=True):
+        return SimpleNamespace(advantage=self.advantage if use_language else None,
+                               loss=batch.hard - self.benefit if use_language else batch.hard)
+
+
+def test_benefit_of_language_by_hand(monkeypatch):
+    batch = SimpleNamespace(mask=torch.tensor([[True] * 5 + [False]]), frame_class=torch.tensor([[0, 0, 0, 1, 1, 1]]),
+                            hard=torch.tensor([[10.0, 20.0, 10.0, 1.0, 1.0, 1.0]]))
+    batch.to = lambda device: batch
+    monkeypatch.setattr(bias, "batch_loader", lambda *args, **kwargs: [batch, batch])
+    monkeypatch.setattr(bias, "detection_loss", lambda output, batch, head: SimpleNamespace(per_frame=output.loss))
+    model = GivenLosses([1.0, 2.0, 3.0, 9.0, 9.0, 9.0], [0.0, 1.0, 5.0, -1.0, -2.0, 99.0])
+    found = bias.language_benefit(model, None, SimpleNamespace(workers=0, batch_size=1))
+    predicted, benefit, target = [1, 2, 3], [0, 1, 5], [7 - 10, 7 - 19, 7 - 5]
+    assert found == pytest.approx({"action": 2.0, "background": -1.5, "correlation": np.corrcoef(predicted, benefit)[0, 1],
+                                   "with target": np.corrcoef(predicted, target)[0, 1],
+                                   "target with benefit": np.corrcoef(benefit, target)[0, 1]})
 
 
 # ---------------------------------------------------------------- Table 3
@@ -118,6 +149,8 @@ def test_bias_gives_lap_and_mla(runs, tmp_path, capsys):
     assert "| mAP" in printed and re.search(r"with unmatched descriptions: .* LAP -?\d", printed) and "mLA: all " in printed
     figures = json.loads((tmp_path / "f.json").read_text())
     assert set(figures["mLA"]) == {"all", *figures["AP"]} and isinstance(figures["LAP"], float)
+    assert "true benefit of language: action 0.0000, background 0.0000, correlation nan" in printed
+    assert figures["benefit"]["action"] == figures["benefit"]["background"] == 0          # untrained: language is silent
     assert figures["tiou"] == [0.1] and {p.name for p in tmp_path.iterdir()} == {"f.json", "result.json"}
     assert (tmp_path / "result.json").read_bytes() == (runs["full"] / "result.json").read_bytes()     # of the matched ones
 

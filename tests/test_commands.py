@@ -196,7 +196,9 @@ def test_a_checkpoint_holds_what_was_trained_and_no_frozen_weight(trained):
         names = {name.removeprefix("model.") for name in file.keys() if name.startswith("model.")}
     language = {name for name in names if name.startswith("language.")}
     assert all("lora_" in name or name == "language.special_tokens" for name in language) and len(language) > 10
-    assert {name.split(".")[0] for name in names} == {"vision", "project", "language", "predict_advantage", "head", "class_means"}
+    assert {name.split(".")[0] for name in names} == {
+        "vision", "project", "language", "standardise_cls", "standardise_loc", "standardise_adv", "predict_advantage", "head",
+        "class_means"}
 
 
 def test_dry_run_says_what_it_found_and_trains_nothing(demo, tmp_path, capsys):
@@ -293,7 +295,7 @@ def test_accumulated_batches_make_one_step(features, tmp_path):
 @pytest.mark.parametrize("change, message", [
     (["--annotations", "nowhere.json"], "nowhere.json: expected a JSON file"), (["--train-subset", "x"], "subsets there"),
     (["--features", "."], "found none for 2 of 2: a, b"), (["--lm", "nowhere"], "--lm nowhere: expected"),
-    (["--resume"], "--resume: expected checkpoint.safetensors of an earlier run"),
+    (["--resume"], "expected checkpoint.safetensors, found none; start without --resume"),
 ])
 def test_mistakes_end_with_a_message_and_exit_code_2(features, tmp_path, capsys, change, message):
     assert train.main([*map(str, features[1]), "--out", str(tmp_path), *change]) == 2

@@ -26,8 +26,7 @@ from data import (
 from support import annotations, demo
 from support.annotations import InputError, Video, load_annotations, load_descriptions
 from support.demo import write_video
-from support.sources import choose_videos
-from support.video import open_features, probe, read_frames
+from support.video import choose_videos, open_features, probe, read_frames
 from vlm import NO_ACTION
 
 def annotation_file(tmp_path, entry, name="annotations.json"):
@@ -367,7 +366,7 @@ def b_frames_in_avi(path):
 @pytest.mark.parametrize("make, name, message", [
     (audio_only, "v.mp4", "no video stream"), (no_frames, "v.mp4", "found none"), (cut_off, "v.mp4", "can decode"),
     (cut_off, "v.mkv", r"8.0 s, as the file says, found frames up to [45]\.\d s"),
-    (b_frames_in_avi, "v.avi", "not in order"), (lambda path: path.write_bytes(b""), "v.mp4", "can decode"),
+    (b_frames_in_avi, "v.avi", "without times or order"), (lambda path: path.write_bytes(b""), "v.mp4", "can decode"),
     (lambda path: None, "v.mp4", "No such file"),
 ])
 def test_broken_videos_are_named(tmp_path, make, name, message):

@@ -3,7 +3,8 @@ import pytest
 import torch
 from conftest import feature_batch
 
-from model import VisionEncoder, aggregate, language_weight
+from model import Standardise, VisionEncoder, aggregate, language_weight
+from support.checkpoint import model_state
 from support.weights import TINY_VISION
 
 def test_eq4_language_weight_by_hand_and_limits():
@@ -26,7 +27,7 @@ def test_eq5_aggregate_by_hand():
 
 def open_language(model):
     """Make the predictor expect an advantage, so that language takes part."""
-    torch.nn.init.normal_(model.predict_advantage.fc.weight, std=0.5)
+    torch.nn.init.normal_(model.predict_advantage.fc.weight, std=0.1)
     torch.nn.init.constant_(model.predict_advantage.fc.bias, 0.5)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
@@ -67,10 +68,12 @@ def test_output_shapes(make_model):
     assert [x.sum().item() for x in output.mask] == [20, 10, 5] and output.text_loss.shape == ()
 
 
-@pytest.mark.parametrize("layout", ["frames-first", "text-first"])
-def test_single_equals_batched(make_model, layout):
-    model = make_model(layout=layout).eval()
-    open_language(model)
+@pytest.mark.parametrize("layout, stride", [("frames-first", 1), ("text-first", 1), ("frames-first", 3), ("text-first", 4)])
+def test_single_equals_batched(make_model, layout, stride):
+    model = make_model(layout=layout, language_stride=stride)
+    open_language(model.train())
+    model(feature_batch([24], seed=1))                            # moves the statistics
+    model.eval()
     both, alone = model(feature_batch([7, 24])), model(feature_batch([7]))
     assert both.lambda_lang[0, :7].max() > 0.01
     torch.testing.assert_close(both.lambda_lang[:1, :7], alone.lambda_lang[:, :7], atol=1e-5, rtol=1e-5)
@@ -78,6 +81,80 @@ def test_single_equals_batched(make_model, layout):
         for level, (a, b) in enumerate(zip(getattr(both, name), getattr(alone, name))):
             n = -(-7 // 2 ** level)
             torch.testing.assert_close(a[:1, :n], b[:, :n], atol=1e-4, rtol=1e-4)
+
+
+# ------------------------------------------------------------------------------------------- the scale of F_lang
+def real_frames(mean, scale, n=400, pad=0, seed=0):
+    """(1, n + pad, 2) rows, mask; padding holds values that would ruin any mean."""
+    f = mean + scale * torch.randn(1, n, 2, generator=torch.Generator().manual_seed(seed))
+    return torch.cat([f, torch.full((1, pad, 2), 1e6)], 1), (torch.arange(n + pad) < n)[None]
+
+
+def test_standardise_by_hand():
+    module, (yes, no) = Standardise(1, momentum=0.1).train(), (True, False)
+    f = module(torch.tensor([[[1.0], [3.0], [99.0]]]), torch.tensor([[yes, yes, no]]))          # mean 2, variance 1
+    torch.testing.assert_close(f[0, :2, 0], torch.tensor([-1.0, 1.0]))
+    f = module(torch.tensor([[[4.0], [8.0]]]), torch.tensor([[yes, yes]]))                       # mean 6, variance 4
+    torch.testing.assert_close(f[0, :, 0], torch.tensor([-1.0, 1.0]))
+    assert module.mean.item() == 4 and module.variance.item() == 2.5                             # both steps count alike
+    for _ in range(20):
+        module(torch.tensor([[[4.0], [8.0]]]), torch.tensor([[yes, yes]]))
+    assert module.mean.item() == pytest.approx(6 - 4 / 10 * 0.9 ** 12)                           # 1/3 ... 1/10, then 1/10
+    mean, variance = module.mean.item(), module.variance.item()
+    f = module.eval()(torch.tensor([[[100.0], [5.0]]]), torch.tensor([[yes, yes]]))
+    assert f[0, 0, 0].item() == pytest.approx((100 - mean) / (variance + 1e-6) ** 0.5, rel=1e-6)
+    assert module.mean.item() == mean                                                            # the test moves nothing
+
+
+def test_what_all_frames_share_vanishes_and_what_differs_has_unit_scale():
+    mean, scale = torch.tensor([1000.0, -3.0]), torch.tensor([0.01, 20.0])
+    module, (f, mask) = Standardise(2).train(), real_frames(mean, scale, pad=7)
+    rows = module(f, mask)[mask]
+    torch.testing.assert_close(rows.mean(0), torch.zeros(2), atol=0.02, rtol=0)
+    torch.testing.assert_close(rows.std(0), torch.ones(2), atol=0.02, rtol=0)
+
+
+def test_standardise_does_not_see_padding_and_takes_a_batch_without_frames():
+    one, other = Standardise(2).train(), Standardise(2).train()
+    for module, pad in ((one, 0), (other, 50)):
+        module(*real_frames(3.0, 2.0, pad=pad))
+        module(torch.zeros(1, 4, 2), torch.zeros(1, 4, dtype=torch.bool))
+    for a, b in zip(one.buffers(), other.buffers()):
+        torch.testing.assert_close(a, b)
+    assert one.steps == 1
+
+
+def test_standardise_is_torchs_batch_norm_with_its_gradient():
+    module, norm, (f, mask) = Standardise(2).train(), torch.nn.BatchNorm1d(2, eps=1e-6, affine=False), real_frames(3.0, 2.0, pad=5)
+    weight, grads = torch.randn(400, 2, generator=torch.Generator().manual_seed(1)), []
+    f.requires_grad_()
+    for out in (module(f, mask)[mask], norm(f[mask])):
+        grads.append(torch.autograd.grad((out * weight).sum(), f)[0])
+    torch.testing.assert_close(*grads)
+    assert not list(module.parameters()) and not grads[0][~mask].any()
+
+
+def test_standardised_features_reach_the_head_and_the_predictor(make_model):
+    """The language model adds a large constant to every frame: neither output nor advantage may move."""
+    model, batch = make_model().train(), feature_batch([12, 9])
+    open_language(model)
+    read_out = model.language.read_out
+    outputs = []
+    for shift in (0.0, 1000.0):
+        model.language.read_out = lambda *states: [f + shift for f in read_out(*states)]
+        for module in (model.standardise_cls, model.standardise_loc, model.standardise_adv):
+            module.steps.zero_()
+        torch.manual_seed(0)
+        outputs.append(model(batch))
+    torch.testing.assert_close(outputs[0].advantage, outputs[1].advantage, atol=2e-2, rtol=0)
+    torch.testing.assert_close(outputs[0].cls_logits[0], outputs[1].cls_logits[0], atol=2e-2, rtol=0)
+
+
+def test_the_statistics_are_in_the_checkpoint_and_common_to_all_processes(make_model):
+    model = make_model()
+    names = {name for name, _ in model.named_buffers() if name.startswith("standardise_")}
+    assert len(names) == 9 and names <= set(model_state(model))
+    assert len(model.running_means()) == 10 and len(make_model(lm="").running_means()) == 1
 
 
 def test_gradients_of_the_detection_loss_reach_every_part(make_model):

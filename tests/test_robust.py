@@ -180,7 +180,7 @@ def test_ctrl_c_outside_of_training_ends_at_once(flags, whole, tmp_path, monkeyp
 def test_a_second_signal_is_not_caught():
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(checkpoint.Stopped, match="SIGTERM") as stopped:
-        with checkpoint.StopSignals() as signals:
+        with checkpoint.stop_signals() as signals:
             os.kill(os.getpid(), signal.SIGTERM)
             assert signals.received == signal.SIGTERM                            # and the block is finished
             assert {signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)} == {signal.SIG_DFL}
@@ -190,7 +190,7 @@ def test_a_second_signal_is_not_caught():
 def test_a_signal_that_is_ignored_stays_ignored():
     """A shell starts its background jobs without SIGINT."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with checkpoint.StopSignals() as signals:
+    with checkpoint.stop_signals() as signals:
         os.kill(os.getpid(), signal.SIGINT)
         assert not signals.received and signal.getsignal(signal.SIGINT) == signal.SIG_IGN
 
@@ -245,7 +245,7 @@ def test_a_run_killed_in_its_first_epoch_is_not_overwritten(flags, whole, tmp_pa
     before = (tmp_path / "checkpoint.safetensors").read_bytes()
     flags = [*flags, "--out", str(tmp_path), "--epochs", "0"]
     assert train.main(flags) == 2
-    said = "found checkpoint.safetensors; go on with --resume, start over with --overwrite, or name another folder"
+    said = "found checkpoint.safetensors; --resume goes on, --overwrite starts over; or name another"
     assert said in capsys.readouterr().err
     assert (tmp_path / "checkpoint.safetensors").read_bytes() == before
     assert train.main([*flags, "--overwrite"]) == 0

@@ -2,6 +2,7 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -81,6 +82,40 @@ def test_single_equals_batched_under_padding(lm_folder, layout):
     both, alone = model(f, mask, answers), model(f[:1, :8], mask[:1, :8], answers[:1])
     for a, b in zip(both[:3], alone[:3]):
         torch.testing.assert_close(a[:1, :5], b[:, :5], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("layout", ["frames-first", "text-first"])
+@pytest.mark.parametrize("stride", [2, 3])
+def test_language_stride_reads_means_and_gives_every_frame_a_feature(lm_folder, layout, stride):
+    """The same as means by hand, read one by one, then interpolated: 7 frames, the last group is not full."""
+    f, mask = inputs((7,), L=7)
+    slow, plain = make(lm_folder, layout=layout, stride=stride), make(lm_folder, layout=layout)
+    groups = [f[0, i:i + stride].mean(0) for i in range(0, 7, stride)]
+    few = plain(torch.stack(groups)[None], torch.ones(1, len(groups), dtype=torch.bool))
+    for ours, low in zip(slow(f, mask)[:3], few[:3]):
+        place = ((np.arange(7) + 0.5) / stride - 0.5).clip(0, len(groups) - 1)
+        expected = [np.interp(place, np.arange(len(groups)), channel) for channel in low[0].T.detach().numpy()]
+        np.testing.assert_allclose(ours[0].detach(), np.array(expected).T, atol=1e-5)
+    assert slow.sequence_length(7) == 4 * len(groups) + len(slow.prompt_ids)
+
+
+def test_language_stride_single_equals_batched_and_padding_counts_nowhere(lm_folder):
+    model = make(lm_folder, stride=4)
+    f, mask = inputs((5, 12), L=12)
+    f[0, 5:] = 1e3
+    both, alone = model(f, mask), model(f[:1, :5], mask[:1, :5])
+    for a, b in zip(both[:3], alone[:3]):
+        torch.testing.assert_close(a[:1, :5], b[:, :5], atol=1e-5, rtol=1e-5)
+    empty = model(f[:1], torch.zeros(1, 12, dtype=torch.bool))
+    assert all(torch.isfinite(one).all() for one in empty[:3])
+
+
+def test_language_stride_reads_the_answer_and_writes_one(lm_folder):
+    f, mask = inputs((8,))
+    model = make(lm_folder, stride=4)
+    assert model(f, mask, ["Jump: 1-5."]).text_loss > 0
+    for one, two in zip(model(f, mask)[:3], model(f, mask, ["Jump: 1-5."])[:3]):
+        torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-5)
 
 
 def llama_folder(lm_folder, folder):

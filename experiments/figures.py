@@ -1,0 +1,61 @@
+"""experiments/figures.py - Figure 4: what several models find in one video.
+
+    python -m experiments.figures --video NAME --checkpoint FULL VISION_ONLY --qa
+"""
+import sys
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from pathlib import Path
+
+from data import load_data, make_dataset
+from evaluate import Detections, detect, open_checkpoint
+from experiments.question_answering import answer
+from support.annotations import InputError, first_ten
+from support.commands import checkpoint_flags, run_command
+from support.figures import one_video
+from support.flags import real
+from support.video import single_video
+
+def main(argv=None) -> int:
+    """Returns the exit code: 0, or 2 for a mistake in the flags or files."""
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    flag = parser.add_argument
+    checkpoint_flags(flag, nargs="+", required=True)
+    flag("--video", required=True, help="a video of the test set by its name, or a file")
+    flag("--qa", action="store_true", help="a row for the answers of the first language model")
+    flag("--min-score", type=real(-1e9), default=0.3, help="lowest score that is drawn")
+    return run_command("figures.py", compare, parser.parse_args(argv))
+
+def compare(args) -> None:
+    """Draw a row for every model, the last checkpoint on top as in the paper."""
+    found, answers = {}, {}
+    for folder in reversed(args.checkpoint):
+        model, train_args, out = open_checkpoint(Namespace(**{**vars(args), "checkpoint": folder}))
+        dataset = dataset_of(args.video, model.config, train_args)
+        name = "vision only" if model.language is None else train_args.ablation or "full"
+        if name in found:
+            name = f"{name}, {folder}"
+        found[name] = detect(model, dataset, train_args)
+        if args.qa and model.language is not None:
+            predictions, _ = answer(model, dataset, train_args)
+            answers = {"question answering": Detections(predictions, {}, {})}
+    if args.qa and not answers:
+        raise InputError("--qa: expected a checkpoint with language, found none; it writes answers")
+    video = dataset.videos[0]
+    picture = out / f"figure4-{video.name}.png"
+    one_video(picture, video, {**answers, **found}, model.config.descriptions, args.min_score)
+    print(f"wrote {picture}")
+
+def dataset_of(video: str, config, train_args):
+    """A TALDataset of one video: a file, or one of the test set with its truth."""
+    if Path(video).is_file():
+        one = single_video(Path(video), config.feature_dim, train_args, train_args.fps)
+        return make_dataset([one], config.classes, train_args, config.feature_dim)
+    test = load_data(train_args, config.feature_dim)[1]
+    named = [one for one in test.videos if one.name == video]
+    if not named:
+        raise InputError(f"--video {video}: expected a file, or a video of the test set, found "
+                         f"neither; there are {first_ten([one.name for one in test.videos])}")
+    return make_dataset(named, config.classes, train_args, config.feature_dim)
+
+if __name__ == "__main__":
+    sys.exit(main())
