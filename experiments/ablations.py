@@ -28,6 +28,7 @@ def fixed_weight(model, args, weight: float | None = None) -> None:
 def generated_weight(model, args) -> None:
     """Table 4: the weight is the probability of "yes" against "no" after [adv]."""
     model.predict_advantage = YesOrNo(model.language)
+    # The output layer reads raw hidden states. torch keeps a module's name for modules: hence del.
     del model.standardise_adv
     model.standardise_adv = lambda f_adv, mask: f_adv
     model.language_weight = torch.sigmoid

@@ -20,10 +20,8 @@ def max_pool(x, mask):
 
 def attend(q, k, v, mask, num_heads, window, chunk=256):
     """Step i sees the real steps j with |i - j| <= window // 2, or all real steps if window is 0.
-
     q, k, v: (B, L, W). mask: (B, L) -> (B, L, W), finite on padding. A chunk of queries at a time
-    meets the keys in its reach, so that memory is linear in L.
-    """
+    meets the keys in its reach, so that memory is linear in L."""
     L = q.size(1)
     half = window // 2 if window else L
     q, k, v = (rearrange(x, "b l (h d) -> b h l d", h=num_heads) for x in (q, k, v))

@@ -81,7 +81,8 @@ def read_checkpoint(path, lm: str | None = None) -> argparse.Namespace:
         args = argparse.Namespace(**args)
     except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
         found = f"no field {error} in its header" if isinstance(error, KeyError) else f"{error}"
-        expect(False, path, "a checkpoint that train.py wrote", found, "give another")
+        raise InputError(f"{path}: expected a checkpoint that train.py wrote, found {found}; "
+                         f"give another") from error
     return argparse.Namespace(config=config, args=args, progress=progress, tensors=tensors)
 
 def averaged(saved) -> dict:
@@ -127,7 +128,8 @@ def open_folder(out: Path, args) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        expect(False, f"--out {out}", "a folder to write to", error.strerror, "name another one")
+        raise InputError(f"--out {out}: expected a folder to write to, found: {error.strerror}; "
+                         f"name another one") from error
 
 def read_log(path: Path) -> list:
     """The rows of log.jsonl."""

@@ -63,11 +63,9 @@ def load_language_model(folder, dtype: torch.dtype):
 
 def attention_masks(config, mask: torch.Tensor):
     """Turn one mask into the attention_mask that the layers of a model need.
-
     mask: (B, 1, n, N) bool, True where a query (row), one of the last n tokens, may see a key.
     Returns one such mask if all layers are of one kind, else a dict {kind: mask}. Sliding layers
-    see keys with |i - j| < config.sliding_window. Raises InputError for other kinds of layers.
-    """
+    see keys with |i - j| < config.sliding_window. Raises InputError for other kinds of layers."""
     window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None)
     if not kinds:                                          # as in Llama and Mistral

@@ -26,8 +26,9 @@ def describe_step(model, args, terms: dict) -> None:
     """Print the length of the sequence of tokens, the losses of a step, and the peak of memory."""
     language, L = model.language, args.resize_to or args.window
     if language is not None:
-        print(f"tokens of a window: {4 * L} for {L} frames + {len(language.prompt_ids)} for the "
-              f"prompt = {language.sequence_length(L)}, then the answer")
+        prompt, total = len(language.prompt_ids), language.sequence_length(L)
+        print(f"tokens of a window: {total - prompt} for {L} frames + {prompt} for the prompt = "
+              f"{total}, then the answer")
     print("one step: " + "  ".join(f"{name} {value:.4f}" for name, value in terms.items()))
     where = "this process" if args.device == "cpu" else "the GPU"
     print(f"peak memory of {where}: {peak_memory(args.device):.2f} GiB")

@@ -12,11 +12,9 @@ VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov")
 
 def read_frames(path, times: np.ndarray, short_side: int) -> np.ndarray:
     """The frames (N, h, w, 3), uint8 RGB, that a video shows at `times`; min(h, w) = short_side.
-
     times: (N,) ascending seconds; the first frame is second 0. Times after the last frame get the
     last frame: durations in annotation files are rounded. Raises InputError for a file that cannot
-    be decoded or ends before the end that it states, or if half of the times lie past the end.
-    """
+    be decoded or ends before the end that it states, or if half of the times lie past the end."""
     with opened(path) as container:
         frames, last, end = decode_frames(container, times, short_side)
         seconds = (container.duration or 0) / 1e6
@@ -88,8 +86,9 @@ def opened(path):
             yield container
     except (av.error.FFmpegError, IndexError, OSError, TypeError) as error:
         known = {IndexError: "no video stream", TypeError: "frames without times or order"}
-        expect(False, path, "a video that PyAV can decode", f"{known.get(type(error), error)}",
-               "re-encode it (ffmpeg -i in -c:v libx264 out.mp4) or leave it out")
+        raise InputError(f"{path}: expected a video that PyAV can decode, found "
+                         f"{known.get(type(error), error)}; re-encode it (ffmpeg -i in -c:v "
+                         f"libx264 out.mp4) or leave it out") from error
 
 def open_features(path, width: int = 0) -> np.ndarray:
     """A feature file (T, V) of real numbers as a memory map, without pickle. width: V (0 = any)."""

@@ -61,12 +61,13 @@ def vision_config(path, image_size: int) -> dict:
     config = folder_config(Path(path)) if Path(path).is_dir() else file_config(path)
     patch = config["patch_size"]
     smaller = image_size // patch * patch
-    expect(smaller == image_size, f"{path}: size", f"a multiple of its patches of {patch} pixels",
-           image_size, f"take --image-size {smaller} or {smaller + patch}")
+    expect(smaller == image_size, path,
+           f"an image size that is a multiple of its patches of {patch} pixels", image_size,
+           f"take --image-size {smaller} or {smaller + patch}")
     return dict(config, image_size=image_size)
 
 def file_config(path) -> dict:
-    """Read the sizes of a VideoMAE or InternVideo2 file, which has tubelets of one frame."""
+    """Read the sizes of a VideoMAE or InternVideo2 file; the latter has tubelets of 1 frame."""
     tensors = read_tensors(path)
     prefix, _ = find_layout(path, tensors, [ORIGINAL_VIDEOMAE])
     tensors = part(tensors, prefix)

@@ -1,6 +1,7 @@
 """Language feature generation (§3.2, Eq. 7-8, Appendix B): prompt, answer, attention, LoRA."""
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import vlm
 from support.annotations import InputError
+from support.summary import describe_step
 from vlm import instruction, prefix_lm_mask, proposal_text
 
 def test_instruction_holds_every_label_with_its_description():
@@ -116,6 +118,13 @@ def test_language_stride_reads_the_answer_and_writes_one(lm_folder):
     assert model(f, mask, ["Jump: 1-5."]).text_loss > 0
     for one, two in zip(model(f, mask)[:3], model(f, mask, ["Jump: 1-5."])[:3]):
         torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-5)
+
+
+def test_the_dry_run_counts_the_tokens_of_the_stride(lm_folder, capsys):
+    model = SimpleNamespace(language=make(lm_folder, stride=4))
+    describe_step(model, SimpleNamespace(resize_to=0, window=10, device="cpu"), {})
+    prompt = len(model.language.prompt_ids)
+    assert f"tokens of a window: 12 for 10 frames + {prompt} for the prompt = {12 + prompt}" in capsys.readouterr().out
 
 
 def llama_folder(lm_folder, folder):
