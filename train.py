@@ -26,9 +26,8 @@ from head import detection_loss
 from model import ActionVLM, Config
 from support import checkpoint, commands, figures, flags, processes, summary
 from support.annotations import InputError
-from support.language_models import language_config, make_tiny_lm
+from support.language_models import language_config
 from support.weights import TINY_VISION, vision_config
-from vlm import instruction, proposal_text
 
 def vision_only_epoch(model, batches, backpropagate, resumed=False):
     """Algorithm 1, lines 1-8: train without language, and note the mean loss of every class."""
@@ -240,20 +239,16 @@ def run(args):
     print(f"{time.time() - started:.0f} s; wrote {', '.join(checkpoint.FILES)} to {out}")
 
 def build_config(args, training_set, descriptions):
-    """The model's Config from flags and data; makes the tiny language model of --lm tiny."""
-    lm, vision = args.lm, {}
-    if lm == "tiny":
-        lm = str(Path(args.out) / "tiny-lm")
-        answers = [proposal_text(v.segments, v.labels) for v in training_set.videos]
-        make_tiny_lm(lm, [instruction(descriptions), *answers])
+    """The model's Config from flags and data."""
+    vision = {}
     if args.videos and args.vision == "tiny":
         vision = dict(TINY_VISION, image_size=args.image_size)
     elif args.videos:
         vision = vision_config(args.vision, args.image_size)
     same = ("lora_rank", "lora_alpha", "dtype", "layout", "language_stride", "width", "levels",
             "head_window", "ranges", "drop_path", "prior", "lambda_loc", "label_smoothing")
-    return Config(descriptions, "" if args.lambda_lang == 0 else lm,
-                  dim=language_config(lm).hidden_size, feature_dim=training_set.feature_dim,
+    return Config(descriptions, "" if args.lambda_lang == 0 else args.lm,
+                  dim=language_config(args.lm).hidden_size, feature_dim=training_set.feature_dim,
                   vision=vision, class_agnostic=bool(args.external_scores),
                   **{name: getattr(args, name) for name in same})
 

@@ -9,7 +9,6 @@ run with `--size full` on a CPU, which takes 20 GB and an hour.
 import argparse
 import re
 import sys
-import tempfile
 import time
 from copy import deepcopy
 from functools import partial
@@ -103,9 +102,7 @@ def random_model(vision, qwen, way, args):
                            tie_word_embeddings=True, **sizes(*QWEN[qwen]))
     config = Config(descriptions, lm="" if way == ALONE else qwen, dim=language.hidden_size,
                     vision=encoder, dtype=dtype, lora_rank=rank, width=512 // shrink, head_window=0)
-    with tempfile.TemporaryDirectory() as folder:
-        language_models.make_tiny_lm(folder, [vlm.instruction(descriptions)])
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(language_models.TINY_LM)
     make = partial(AutoModelForCausalLM.from_config, language, dtype=getattr(torch, dtype))
     with patch.object(language_models, "load_language_model", lambda *_: (make(), tokenizer)):
         model = ActionVLM(config).to(args.device)

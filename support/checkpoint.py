@@ -2,7 +2,6 @@
 import argparse
 import json
 import os
-import shutil
 import signal
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -123,8 +122,6 @@ def open_folder(out: Path, args) -> None:
                ", ".join(found), "--resume goes on, --overwrite starts over; or name another")
         for name in found:
             (out / name).unlink()
-        if args.lm == "tiny":       # an earlier run's tokenizer has read other descriptions
-            shutil.rmtree(out / "tiny-lm", ignore_errors=True)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -1,20 +1,22 @@
-"""support/language_models.py - language models: load one, steer its attention, make a tiny one."""
+"""support/language_models.py - language models: load one, and steer its attention."""
 import warnings
 from inspect import signature
 from pathlib import Path
 
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from support.annotations import InputError
 
 transformers.logging.disable_progress_bar()
 transformers.logging.set_verbosity_error()      # it would list the tensors of InternVL's encoder
 
+TINY_LM = Path(__file__).with_name("tiny-lm")           # --lm tiny, see support/tiny_lm.py
+
 def language_config(folder):
     """Read transformers' configuration of a language model, also of the one inside an InternVL.
-    folder: a path, or a name on the Hugging Face hub. Raises InputError."""
+    folder: a path, a name on the Hugging Face hub, or "tiny". Raises InputError."""
+    folder = TINY_LM if folder == "tiny" else folder
     try:
         content = transformers.PretrainedConfig.get_config_dict(folder)[0]
         if not content:
@@ -37,6 +39,7 @@ def load_language_model(folder, dtype: torch.dtype):
     folder is never run. Raises InputError, also for a tensor that is missing or does not fit.
     """
     config = language_config(folder)
+    folder = TINY_LM if folder == "tiny" else folder
     inner = {r"^(model\.)?language_model\.(model\.)?(?!lm_head)": "model.",
              r"^language_model\.lm_head": "lm_head"}
     try:
@@ -109,35 +112,6 @@ def enable_checkpointing(model) -> None:
 
 def first_line(error: Exception) -> str:
     return (str(error).strip() or repr(error)).splitlines()[0]
-
-def make_tiny_lm(folder, texts, dim=128) -> None:
-    """Write a small random Qwen2 and a byte-level BPE tokenizer of texts, where no model is yet.
-    It knows nothing, and lets the whole method run, and be tested, without a download."""
-    if (Path(folder) / "config.json").exists():
-        return
-    end = "<|endoftext|>"
-    bpe = Tokenizer(models.BPE())
-    digits = pre_tokenizers.Digits(individual_digits=True)
-    words = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([digits, words])
-    bpe.decoder = decoders.ByteLevel()
-    bpe.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=2000, special_tokens=[end], show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=bpe, eos_token=end, pad_token=end)
-    # With a pad_token_id, the embedding of `end` would be 0. Embeddings are tied here, so the
-    # model could never learn to write the end.
-    config = transformers.Qwen2Config(
-        vocab_size=len(tokenizer), hidden_size=dim, intermediate_size=2 * dim,
-        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        max_position_embeddings=32768, tie_word_embeddings=True, initializer_range=dim ** -0.5,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=None, bos_token_id=None)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = transformers.Qwen2ForCausalLM(config)
-    tokenizer.save_pretrained(folder)
-    model.save_pretrained(folder)
 
 def add_lora(model, rank: int, alpha: float):
     """The model with LoRA matrices (peft) at all of its linear layers, frozen otherwise."""

@@ -10,21 +10,49 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 import vlm
 from advantage import frame_classes
 from data import Batch
 from model import ActionVLM, Config
-from support.language_models import make_tiny_lm
 
 CLASSES = {"Jump": "The person bends the knees, then leaves the ground.", "Run": "Legs alternate quickly.",
            "Throw": "The arm swings forward and lets the ball go."}
 
 
+def make_random_lm(folder, texts, dim=128) -> None:
+    """Write a small random Qwen2 and a byte-level BPE tokenizer of texts."""
+    end = "<|endoftext|>"
+    bpe = Tokenizer(models.BPE())
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([digits, words])
+    bpe.decoder = decoders.ByteLevel()
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=2000, special_tokens=[end], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, eos_token=end, pad_token=end)
+    # With a pad_token_id, the embedding of `end` would be 0. Embeddings are tied here, so the
+    # model could never learn to write the end.
+    config = Qwen2Config(
+        vocab_size=len(tokenizer), hidden_size=dim, intermediate_size=2 * dim,
+        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        max_position_embeddings=32768, tie_word_embeddings=True, initializer_range=dim ** -0.5,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=None, bos_token_id=None)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Qwen2ForCausalLM(config)
+    tokenizer.save_pretrained(folder)
+    model.save_pretrained(folder)
+
+
 @pytest.fixture(scope="session")
 def lm_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("lm") / "tiny"
-    make_tiny_lm(folder, [vlm.instruction(CLASSES), "Jump: 12-48, Run: 60-75."], dim=32)
+    make_random_lm(folder, [vlm.instruction(CLASSES), "Jump: 12-48, Run: 60-75."], dim=32)
     return str(folder)
 
 

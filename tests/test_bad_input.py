@@ -485,7 +485,6 @@ def test_resumed_with_another_model(trained, fails, change, part):
 
 def test_the_language_model_of_a_checkpoint_is_gone(trained, fails, lm_folder):
     _, _, run = trained
-    shutil.rmtree(run / "tiny-lm")
     rewrite_config(lm="/nowhere/lm")(run / "checkpoint.safetensors")
     fails(evaluate.main, ["--checkpoint", run, "--device", "cpu"], "checkpoint.safetensors", "/nowhere/lm", "--lm")
     fails(evaluate.main, ["--checkpoint", run, "--device", "cpu", "--lm", lm_folder], "checkpoint.safetensors", "shape")

@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 import transformers
-from conftest import CLASSES
+from conftest import CLASSES, make_random_lm
 from safetensors.torch import load_file, save_file
 
 from support.annotations import InputError
@@ -13,7 +13,6 @@ from support.language_models import (
     attention_masks,
     check_mask,
     load_language_model,
-    make_tiny_lm,
     name_of_cache,
 )
 from vlm import instruction
@@ -163,16 +162,16 @@ def test_a_folder_with_an_attention_of_its_own_is_refused_in_one_line(lm_folder,
 
 
 # ------------------------------------------------------------------------------------------------ the tiny one
-def test_the_tiny_tokenizer_gives_back_what_it_read(lm_folder):
+def test_the_random_tokenizer_gives_back_what_it_read(lm_folder):
     tokenizer = load_language_model(lm_folder, torch.float32)[1]
     for text in (instruction(CLASSES), "Jump: 12-48, Run: 60-75.", "unseen words, 3.14: \u00e9\u4e2d\n"):
         assert tokenizer.decode(tokenizer(text).input_ids) == text
 
 
-def test_the_tiny_language_model_is_the_same_when_made_again(tmp_path):
+def test_the_random_language_model_is_the_same_when_made_again(tmp_path):
     before = torch.get_rng_state()
     for name in "ab":
-        make_tiny_lm(tmp_path / name, [instruction(CLASSES)], dim=16)
+        make_random_lm(tmp_path / name, [instruction(CLASSES)], dim=16)
     assert torch.equal(torch.get_rng_state(), before)
     for file in ("tokenizer.json", "model.safetensors", "config.json"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
