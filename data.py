@@ -7,8 +7,7 @@ of every `stride` (end to end), or one row of a feature file. Segments have two 
     grid = seconds * fps / stride - 0.5 * num_frames / stride
 
 `num_frames` is the length of the snippet that one feature sees (16 for I3D); 0 end to end. A video
-that is resized to R steps (ActivityNet) has fps = R / duration, stride 1 and num_frames 1.
-"""
+that is resized to R steps (ActivityNet) has fps = R / duration, stride 1 and num_frames 1."""
 import sys
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,10 +21,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from advantage import frame_classes
 from support import annotations
-from support.annotations import InputError, Video
+from support.annotations import Video, expect, first_ten
 from support.checkpoint import leave_group
 from support.demo import make_demo
-from support.video import choose_videos, doubt_steps, open_features, read_frames
+from support.video import check_rows, check_training, choose_sets, open_features, read_frames
 from vlm import proposal_text
 
 RESIZE = 182 / 160      # short side of a training frame before the random crop, in crop sides
@@ -91,9 +90,7 @@ def collate(windows, multiple, classes):
 @dataclass(eq=False)
 class TALDataset(Dataset):
     """Windows of videos: a random one per video and epoch in training, all of them at test.
-
-    Randomness depends on (seed, epoch, index) alone: a resumed run sees the same windows.
-    """
+    Randomness depends on (seed, epoch, index) alone: a resumed run sees the same windows."""
     videos: list                # of Video, with `path` set
     classes: list               # C names in class order
     window: int                 # L, in steps
@@ -158,12 +155,10 @@ class TALDataset(Dataset):
         rows = rows if self.resize_to else rows[start:start + length]
         with np.errstate(over="ignore"):           # infinity is an error below
             rows = np.array(rows, dtype=np.float32)
-        bad = np.flatnonzero(~np.isfinite(rows).all(1))
-        if len(bad):
-            first = bad[0] + (0 if self.resize_to else start)
-            raise InputError(f"{video.path}: expected finite features, found NaN or infinity in "
-                             f"{len(bad)} rows, the first is row {first}; extract this video again "
-                             f"or leave it out")
+        bad = start + np.flatnonzero(~np.isfinite(rows).all(1))
+        expect(not len(bad), video.path, "finite features",
+               f"NaN or infinity in {len(bad)} rows: {first_ten(map(str, bad))}",
+               "extract this video again or leave it out")
         rows = torch.from_numpy(rows)
         if self.resize_to:
             rows = F.interpolate(rows.T[None], length, mode="linear")[0].T
@@ -198,11 +193,9 @@ def window_starts(T, L, overlap):
 
 def truncate_segments(segments, start, length, beyond, min_overlap):
     """Segments (N, 2) of the video -> those of the window [start, start + length).
-
     A segment is cut at `beyond` outside of the window, for a feature sees that far. It stays if at
     least `min_overlap` of its length is left. All in grid units.
-    Returns (segments (M, 2) relative to start, indices (M,) of the kept ones).
-    """
+    Returns (segments (M, 2) relative to start, indices (M,) of the kept ones)."""
     cut = np.clip(segments, start - beyond, start + length + beyond)
     inside = cut[:, 1] - cut[:, 0]
     enough = inside >= min_overlap * (segments[:, 1] - segments[:, 0])
@@ -211,9 +204,7 @@ def truncate_segments(segments, start, length, beyond, min_overlap):
 
 def random_window(T, L, segments, min_overlap, beyond, rng, crop=(0.9, 1.0), tries=200):
     """(start, length) of a training window: L steps of a long video, 90-100 % of a short one.
-
-    It is drawn again until it holds an action, if the video has any.
-    """
+    It is drawn again until it holds an action, if the video has any."""
     shortest, longest = (max(1, round(share * T)) for share in crop)
     length = L if T > L else int(rng.integers(shortest, longest + 1))
     for _ in range(tries):
@@ -225,9 +216,7 @@ def random_window(T, L, segments, min_overlap, beyond, rng, crop=(0.9, 1.0), tri
 
 def augment(frames, size, rng):
     """Random resized crop, flip, brightness, contrast and colour; one draw for the whole window.
-
-    frames: (T, 3, h, w) uint8 -> (T, 3, size, size) uint8.
-    """
+    frames: (T, 3, h, w) uint8 -> (T, 3, size, size) uint8."""
     h, w = frames.shape[-2:]
     short = min(h, w)
     side = int(rng.integers(min(size, short), short + 1))            # never enlarged
@@ -253,10 +242,8 @@ def centre_crop(frames, size):
 
 def batch_loader(dataset, multiple, workers, **order):
     """Batches read by `workers` processes (0: by this one). order: batch_size or batch_sampler.
-
     Workers start anew with every pass, so they see the dataset's epoch. The loader's own generator
-    keeps it from drawing one of torch's random numbers.
-    """
+    keeps it from drawing one of torch's random numbers."""
     return DataLoader(
         dataset,
         num_workers=workers,
@@ -274,28 +261,23 @@ def make_dataset(videos, classes, args, feature_dim, training=False):
     return TALDataset(videos, classes, training=training, image_size=image_size,
                       feature_dim=feature_dim, **options)
 
-def load_data(args, feature_dim=0):
+def load_data(args, feature_dim=None):
     """(training set, test set, descriptions) from train.py's flags.
-
-    feature_dim: V that features have to have (0 = that of the first training video).
-    """
+    feature_dim: V of a trained model (None: to train one; V is that of the first video)."""
     if args.dataset == "demo":
         make_demo(Path(args.annotations).parent)
     notes = []
     videos = annotations.load_annotations(args.annotations, args.labels, notes)
     classes = annotations.class_names(args.annotations, videos, args.labels)
     descriptions = annotations.load_descriptions(args.descriptions, classes, notes)
-    sets = []
-    for subset in (args.train_subset, args.test_subset):
-        sets.append(choose_videos(videos, subset, args, notes))
-    if not any(v.labels for v in sets[0]):
-        raise InputError(f"{args.annotations}: expected actions to train on, found {len(sets[0])} "
-                         f"videos of --train-subset {args.train_subset} without a single segment; "
-                         f"choose an annotated subset")
-    if args.features and not feature_dim:
-        feature_dim = open_features(sets[0][0].path).shape[1]
-    training = make_dataset(sets[0], classes, args, feature_dim, training=True)
-    test = make_dataset(sets[1], classes, args, feature_dim)
-    for note in notes + doubt_steps(test):
+    train_videos, test_videos = choose_sets(videos, args, notes)
+    V = feature_dim or 0
+    if args.features and not V:
+        V = open_features(train_videos[0].path).shape[1]
+    training = make_dataset(train_videos, classes, args, V, training=True)
+    test = make_dataset(test_videos, classes, args, V)
+    for note in notes + check_rows(training, test):
         print(f"note: {note}", file=sys.stderr)
+    if feature_dim is None:
+        check_training(training, test, args)
     return training, test, descriptions

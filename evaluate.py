@@ -6,8 +6,7 @@
 
 The last line scores the result file of any model. Both files are in ActivityNet's format, and so is
 the protocol, as docs/benchmarks.md describes it in detail. Times are in seconds.
-Dimensions: T tIoU thresholds, C classes, M detections, N segments.
-"""
+Dimensions: T tIoU thresholds, C classes, M detections, N segments."""
 import importlib
 import sys
 from pathlib import Path
@@ -21,10 +20,8 @@ from data import batch_loader, grid_to_seconds, load_data, make_dataset
 from head import decode, soft_nms, vote_segments
 from model import ActionVLM, Config
 from support import checkpoint, commands, figures, flags, results
-from support.annotations import InputError, load_external_scores
+from support.annotations import InputError, copies, expect, load_external_scores
 from support.video import single_video
-
-SAME_SEGMENT = 1e-3         # seconds; THUMOS14 and ActivityNet hold copies of segments
 
 class Detections(NamedTuple):
     """What `detect` finds, by the name of the video; times in seconds."""
@@ -35,9 +32,7 @@ class Detections(NamedTuple):
 @torch.no_grad()
 def detect(model, dataset, args):
     """Run the model over the sliding windows of a test set, then merge the windows of each video.
-
-    args: flags of the training (batch size, workers, soft-NMS, external scores).
-    """
+    args: flags of the training (batch size, workers, soft-NMS, external scores)."""
     model.eval()
     if model.language is not None:
         model.language.keep_prompt()
@@ -70,19 +65,15 @@ def detect(model, dataset, args):
 
 def merge_windows(found, dataset, classes, args):
     """{video: [(segments, scores, labels) of a window]} -> predictions in seconds, after soft-NMS.
-
-    Segments are in steps of the video; the predictions are cut at [0, duration].
-    """
+    Segments are in steps of the video; the predictions are cut at [0, duration]."""
     predictions = {}
     for video in dataset.videos:
-        windows = zip(*found[video.name])
         segments, scores, labels = nms_per_class(
-            *(torch.cat(part) for part in windows),
+            *map(torch.cat, zip(*found[video.name])),
             sigma=args.nms_sigma,
             voting=args.voting,
             max_per_class=args.max_per_class,
-            max_per_video=args.max_per_video,
-        )
+            max_per_video=args.max_per_video)
         segments = segments.double().numpy()
         seconds = grid_to_seconds(segments, video.fps, dataset.stride, dataset.num_frames)
         predictions[video.name] = {
@@ -95,10 +86,8 @@ def merge_windows(found, dataset, classes, args):
 def nms_per_class(segments, scores, labels, sigma=0.5, voting=0.0, max_per_class=0,
                   max_per_video=200, **options):
     """Soft-NMS within each class -> segments (M, 2), scores (M,), labels (M,), best score first.
-
     segments (N, 2), scores (N,), labels (N,) int. voting: tIoU of `vote_segments` (0 = off).
-    max_per_class, max_per_video: 0 = no limit. options: of `soft_nms`.
-    """
+    max_per_class, max_per_video: 0 = no limit. options: of `soft_nms`."""
     found = []
     for label in labels.unique():
         own = (labels == label).nonzero().squeeze(1)
@@ -115,25 +104,21 @@ def nms_per_class(segments, scores, labels, sigma=0.5, voting=0.0, max_per_class
 # ------------------------------------------------------------------------------------ the metric
 def mean_average_precision(ground_truth, predictions, thresholds):
     """Mean over the classes of the interpolated average precision, at each of T thresholds.
-
     ground_truth: {video: {"segments": (N, 2) seconds, "labels": [str]}}
     predictions:  {video: {"segments": (M, 2), "labels": [str], "scores": (M,)}}, in any order
     thresholds:   T temporal IoUs, each > 0 and <= 1
-
     Returns {"mAP": (T,) mean of AP over classes, "average": mean of mAP, "AP": (T, C), "classes":
     C labels in alphabetical order}, all in [0, 1]. Raises InputError for a threshold out of range,
-    scores that are NaN, and lists of a video that differ in length.
-    """
+    scores that are NaN, and lists of a video that differ in length."""
     thresholds = np.array(thresholds, dtype=float).reshape(-1)
-    if not len(thresholds) or thresholds.min() <= 0 or thresholds.max() > 1:
-        raise InputError(f"tIoU thresholds: expected one or more numbers > 0 and <= 1, found "
-                         f"{thresholds.tolist()}. Give fractions such as 0.3 0.5, not percent.")
+    expect(len(thresholds) and thresholds.min() > 0 and thresholds.max() <= 1, "tIoU thresholds",
+           "one or more numbers > 0 and <= 1", thresholds.tolist(), "give fractions, not percent")
     truth = results.by_class(ground_truth)
     found = results.by_class(predictions)
     classes = sorted(truth)
     AP = np.zeros((len(thresholds), len(classes)))
     for c, label in enumerate(classes):
-        segments = {video: without_copies(rows) for video, rows in truth[label].items()}
+        segments = {video: rows[~copies(rows)] for video, rows in truth[label].items()}
         num_gt = sum(len(rows) for rows in segments.values())
         correct = match(found.get(label, {}), segments, thresholds)              # (T, M)
         AP[:, c] = average_precision(correct, num_gt)
@@ -142,10 +127,8 @@ def mean_average_precision(ground_truth, predictions, thresholds):
 
 def match(detections, truth, thresholds):
     """Which detections of one class are right, in order of score: (T, M) bool.
-
-    detections: {video: rows [start, end, score]}. truth: {video: (N, 2)}.
-    """
-    scores = np.array([row[2] for rows in detections.values() for row in rows])
+    detections, truth: {video: (N, 3) start, end, score}."""
+    scores = np.concatenate([np.zeros(0), *(rows[:, 2] for rows in detections.values())])
     rank = np.empty(len(scores), int)
     order = scores.argsort()[::-1]                 # of ties as in the official toolkit
     rank[order] = np.arange(len(scores))
@@ -156,7 +139,7 @@ def match(detections, truth, thresholds):
         if video not in truth:
             continue
         segments = truth[video][::-1].copy()       # of equal IoUs the one listed last comes first
-        iou = temporal_iou(np.array(rows)[:, :2], segments).numpy()              # (M', N)
+        iou = temporal_iou(rows, segments).numpy()                               # (M', N)
         best = np.argsort(-iou, axis=1, kind="stable").tolist()
         free = np.ones((len(thresholds), len(segments)), bool)
         for m in rank[start:end].argsort():
@@ -172,12 +155,9 @@ def match(detections, truth, thresholds):
 
 def average_precision(correct, num_gt):
     """Interpolated average precision of one class, (T,) in [0, 1].
-
-    correct: (T, M) bool, whether each detection is right, in descending order of score. num_gt:
-    number of segments, > 0. It is the area under the precision-recall curve, where the precision at
-    each recall is the highest at that or a greater recall (Pascal VOC 2010). Recall rises by
-    1 / num_gt at each right detection, so the area is a sum over these.
-    """
+    correct: (T, M) bool, is each detection right, best score first. num_gt: number of segments. It
+    is the area under the precision-recall curve; precision is the highest at that or a greater
+    recall (Pascal VOC 2010). Recall rises at right detections, so the area is a sum over these."""
     served = np.arange(1, correct.shape[1] + 1)
     precision = correct.cumsum(axis=1) / served                                  # (T, M)
     highest = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
@@ -186,9 +166,7 @@ def average_precision(correct, num_gt):
 
 def temporal_iou(a, b):
     """IoU of every segment of a (N, 2) with every one of b (M, 2), in one unit: (N, M) in [0, 1].
-
-    A segment of zero (or negative) length has IoU 0 with all.
-    """
+    A segment of zero (or negative) length has IoU 0 with all."""
     a = torch.as_tensor(a)[:, None]                                              # (N, 1, 2)
     b = torch.as_tensor(b)[None]                                                 # (1, M, 2)
     start = torch.maximum(a[..., 0], b[..., 0])
@@ -196,15 +174,6 @@ def temporal_iou(a, b):
     inter = (end - start).clamp(min=0)                                           # (N, M)
     union = a.diff()[..., 0] + b.diff()[..., 0] - inter
     return torch.where(inter > 0, inter / union, 0)
-
-def without_copies(rows):
-    """Rows [start, end, ...] of one class and video -> (N, 2), less copies of earlier ones."""
-    kept = np.zeros((0, 2))
-    for row in np.array(rows)[:, :2]:
-        same = np.abs(kept - row) <= SAME_SEGMENT
-        if not same.all(1).any():
-            kept = np.vstack([kept, row])
-    return kept
 
 # ------------------------------------------------------------------------------------ commands
 def main(argv=None):
@@ -254,10 +223,11 @@ def score(path, test_set, predictions, tiou):
 
 def score_files(args):
     """Prints the table of one result file."""
-    ground_truth = results.load_ground_truth(args.ground_truth, args.subset)
-    predictions = results.load_predictions(args.predictions)
+    notes = []
     tiou = args.tiou or flags.TIOU
-    for note in results.doubts(ground_truth, predictions):
+    ground_truth = results.load_ground_truth(args.ground_truth, args.subset, notes)
+    predictions = results.load_predictions(args.predictions)
+    for note in [*notes, *results.doubts(ground_truth, predictions)]:
         print(f"note: {note}", file=sys.stderr)
     result = mean_average_precision(ground_truth, predictions, tiou)
     print(f"{len(ground_truth)} videos of subset {args.subset}, {len(result['classes'])} classes, "

@@ -5,6 +5,7 @@ import json
 import sys
 import zlib
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from reprlib import repr as shorten  # a value for a message; a long or deep one in part
@@ -33,7 +34,7 @@ def expect(good, where, expected: str, found, advice: str = "correct or remove i
 class Video:
     """One untrimmed video: where it is, how long it is, and its actions."""
     name: str
-    duration: float            # seconds
+    duration: float            # seconds; 0 = not known
     fps: float                 # 0 = not known
     subset: str = ""
     segments: np.ndarray = field(default_factory=lambda: np.zeros((0, 2)))   # (N, 2) seconds
@@ -52,6 +53,11 @@ def load_annotations(path, labels: str = "verb", notes: list | None = None) -> l
         else:
             read = read_thumos(file, found)
         videos += [tidy(video, f"{file}: video '{video.name}'", found) for video in read]
+    ends = [end for video in videos for end in video.segments[:, 1]]
+    typical = np.median([0, *(video.duration for video in videos)])
+    expect(len(ends) < 5 or max(ends) > 1 or typical <= 5, path, "segments in seconds",
+           f"all {len(ends)} before second 1 of videos of {typical:.0f} s (median)",
+           "they look like shares of the duration: multiply each by that of its video")
     if notes is not None:
         notes += [f"{path}: {count} segments {what}" for what, count in found.items() if count]
     return videos
@@ -62,6 +68,14 @@ def class_names(path, videos: list, labels: str = "verb") -> list:
     if file.name.startswith("EPIC_100_"):
         return list(epic_classes(file, labels).values())
     return sorted({label for video in videos for label in video.labels})
+
+def of_subset(videos: list, subset: str, path) -> list:
+    """The videos of one subset, named in any case, or InputError."""
+    chosen = [video for video in videos if video.subset.lower() == subset.lower()]
+    there = Counter(video.subset for video in videos).items()
+    expect(chosen, path, f"videos of subset '{subset}'",
+           first_ten(f"{name} ({count} videos)" for name, count in there), "give one of these")
+    return chosen
 
 def annotation_files(path) -> list:
     """The file itself, or the annotation files of THUMOS14 or EPIC-Kitchens-100 in a folder."""
@@ -74,31 +88,33 @@ def annotation_files(path) -> list:
     return files
 
 def tidy(video: Video, where: str, found: Counter) -> Video:
-    """The video without segments that cannot be learned; `found` counts every change. Copies have
-    one label, and starts and ends within 1e-3 s. A segment that begins after the end stays: no
-    window shows it, and the metric, as THUMOS14's own, counts it as missed."""
-    duration, segments, labels = video.duration, video.segments, np.array(video.labels, object)
-    expect(0 < duration <= 1e6, where, "a duration above 0 s (to 1e6 s)", f"{duration:g}")
-    expect(0 <= video.fps <= 1000, where, "an fps of 0 (not known) to 1000", f"{video.fps:g}")
+    """The video without segments that cannot be learned; `found` counts every change. One that
+    begins after the end stays: no window shows it, and the metric, as THUMOS14's, has it missed."""
+    segments, labels = video.segments, np.array(video.labels, object)
+    expect(0 <= video.duration <= 1e6, where, "a duration of 0 to 1e6 s", video.duration)
+    expect(0 <= video.fps <= 1000, where, "an fps of 0 (not known) to 1000", video.fps)
     for label, (start, end) in zip(labels, segments):
         expect(0 <= start <= end < np.inf, where, "segments with 0 <= start <= end in seconds",
                f"[{start}, {end}] labelled {label}")
     ambiguous = np.array([label.lower() == "ambiguous" for label in labels], bool)
-    close = (np.abs(segments[:, None] - segments) <= 1e-3).all(-1)              # (N, N)
-    repeated = np.tril(close & (labels[:, None] == labels), -1).any(1)
+    classes = np.unique([str(label) for label in labels], return_inverse=True)[1]
     keep = np.ones(len(segments), bool)
     for reason, drop in ((AMBIGUOUS, ambiguous),
                          ("of length zero, dropped", segments[:, 0] == segments[:, 1]),
-                         ("that repeat another, dropped", repeated)):
+                         ("that repeat another, dropped", copies(np.c_[segments, classes]))):
         found[reason] += int((keep & drop).sum())
         keep &= ~drop
-    segments = segments[keep]
+    segments, duration = segments[keep], video.duration or np.inf
     outside = segments[:, 0] >= duration
     over = (segments[:, 1] > duration) & ~outside
     segments[over, 1] = duration
     found["past the end of their video, cut"] += int(over.sum())
     found["that begin after the end of their video, kept but out of reach"] += int(outside.sum())
     return replace(video, segments=segments, labels=labels[keep].tolist())
+
+def copies(rows: np.ndarray) -> np.ndarray:
+    """Which rows (N, n) repeat an earlier one within 1e-3 (seconds), as segments of THUMOS14 do."""
+    return np.tril((np.abs(rows[:, None] - rows) <= 1e-3).all(-1), -1).any(1)
 
 def read_thumos(path: Path, found: Counter) -> list:
     """The videos of val_Annotation.csv (subset Validation) or test_Annotation.csv (Test)."""
@@ -159,16 +175,15 @@ def read_table(path: Path, **columns) -> list:
     for name in columns:
         expect(name in header, f"{path}: line 1", f"a column '{name}'", first_ten(header),
                "check that this is the right file")
-    rows = [[] for _ in lines]
-    for row, (number, line) in zip(rows, lines):
+    rows = []
+    for n, line in lines:
+        rows.append([])
         for name, (read, expected) in columns.items():
-            cell = line[name] or ""
-            try:
-                row.append(read(cell) if cell.strip() else None)
-            except (ValueError, OverflowError, KeyError):
-                row.append(None)
-            where = f"{path}: line {number}: column '{name}'"
-            expect(row[-1] is not None, where, expected, repr(cell))
+            cell, value = line[name] or "", None
+            with suppress(ValueError, OverflowError, KeyError):
+                value = read(cell) if cell.strip() else None
+            expect(value is not None, f"{path}: line {n}: column '{name}'", expected, repr(cell))
+            rows[-1].append(value)
     return rows
 
 def read_activitynet(path) -> list:
@@ -177,8 +192,9 @@ def read_activitynet(path) -> list:
     for name, entry in read_field(path, "database").items():
         where = f"{path}: video '{name}'"
         check_fields(where, entry, "subset", "duration", "fps")
-        duration, fps = float(entry["duration"]), float(entry.get("fps") or 0)
-        read = read_segments(f"{where}: annotations", entry.get("annotations"))
+        duration, fps = (float(entry.get(key) or 0) for key in ("duration", "fps"))
+        rows = entry.get("annotations")                     # None: hidden labels of a test set
+        read = read_segments(f"{where}: annotations", [] if rows is None else rows)
         videos.append(Video(name, duration, fps, entry["subset"], **read))
     return videos
 
@@ -187,7 +203,7 @@ def read_segments(where: str, entries, *more: str) -> dict:
     expect(isinstance(entries, list), where, "a list of segments, or []", entries)
     for i, entry in enumerate(entries):
         check_fields(f"{where}[{i}]", entry, "label", "segment", *more)
-    segments = np.array([entry["segment"] for entry in entries], np.float64)
+    segments = np.array([list(map(float, entry["segment"])) for entry in entries], np.float64)
     return {"segments": segments.reshape(-1, 2), "labels": [entry["label"] for entry in entries]}
 
 def load_external_scores(path, classes: list, videos: list) -> dict:
@@ -204,7 +220,7 @@ def load_external_scores(path, classes: list, videos: list) -> dict:
         expect(is_numbers(row, len(names)), f"{path}: video '{name}'",
                f"a finite score for each of the {len(names)} names of 'class'", row)
     columns = [names.index(name) for name in classes]
-    return {name: torch.tensor(row, dtype=torch.float32)[columns] for name, row in rows.items()}
+    return {name: torch.tensor([float(row[i]) for i in columns]) for name, row in rows.items()}
 
 def load_descriptions(path, classes: list, notes: list) -> dict:
     """JSON {label: description} (T_desc) -> those of `classes`, in order; `notes` names others."""
@@ -236,17 +252,19 @@ def read_field(path, name: str) -> dict:
     return read_json(path, name)[name]
 
 def is_number(value) -> bool:
-    """A finite number that fits in a float; True and False are none."""
-    return type(value) in (int, float) and abs(value) <= sys.float_info.max
+    """A finite number that fits in a float, or the text of one; True and False are none."""
+    try:
+        return type(value) in (int, float, str) and abs(float(value)) <= sys.float_info.max
+    except (ValueError, OverflowError):
+        return False
 
 def is_numbers(value, count: int) -> bool:
     return isinstance(value, list) and len(value) == count and all(map(is_number, value))
 
 def is_text(value) -> bool:
     """A text that is not blank and can be printed: JSON may hold half a character (a surrogate)."""
-    if not isinstance(value, str) or not value.strip():
-        return False
-    return value.encode(errors="ignore").decode() == value
+    printed = value.encode(errors="ignore").decode() if isinstance(value, str) else ""
+    return printed.strip() != "" and printed == value
 
 OBJECT = (lambda value: isinstance(value, dict),
           "an object (annotations have 'database', result files 'results': are they swapped?)")
@@ -254,7 +272,7 @@ FIELDS = {                                  # {field: (test of its value, its va
     "database": OBJECT, "results": OBJECT, "AP": (OBJECT[0], "an object {class: [AP per tIoU]}"),
     "class": (lambda value: isinstance(value, list), "a list of names"),
     "subset": (lambda value: isinstance(value, str), "a text"),
-    "duration": (is_number, "a number of seconds"),
+    "duration": (lambda value: is_number(value or 0), "a number of seconds"),
     "fps": (lambda value: is_number(value or 0), "frames a second, or 0 to ask the file"),
     "label": (is_text, "a text"),
     "segment": (lambda value: is_numbers(value, 2), "two finite numbers [start, end] in seconds"),

@@ -18,7 +18,7 @@ def evaluate_args(description: str, argv=None) -> argparse.Namespace:
     flag("--video", metavar="FILE", help="find the actions in this video or .npy file instead")
     flag("--fps", type=real(0, 1000), default=0.0, help="frames a second of a .npy --video")
     flag("--min-score", type=real(-1e9), default=0.3, help="lowest score that --video shows")
-    flag("--ground-truth", metavar="FILE", help="ActivityNet-format json, plain or gzip")
+    flag("--ground-truth", metavar="FILE", help="annotation file, as of train.py")
     flag("--predictions", metavar="FILE", help="result file of any model, plain or gzip")
     flag("--subset", default="test", help="subset of the ground truth to score, in any case")
     args = parser.parse_args(argv)
@@ -41,7 +41,11 @@ def run_command(program: str, command, *args) -> int:
     """Call command(*args) -> exit code: 0, 2 after a mistake (one line), 128 + n after a signal."""
     try:
         command(*args)
+        sys.stdout.flush()
         return 0
+    except BrokenPipeError:             # of `| head`, which has read enough
+        sys.stdout = None               # Python would write the rest to it
+        return 141
     except Stopped as stopped:
         code, message = stopped.code, stopped
     except KeyboardInterrupt:

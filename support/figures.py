@@ -5,7 +5,7 @@ import matplotlib.figure
 import numpy as np
 
 from support.annotations import Video
-from support.video import open_features, read_frames
+from support.video import FEATURE_SUFFIXES, open_features, read_frames
 
 LOSSES = {"loss_cls": "classification (focal)", "loss_loc": "localization (DIoU)",
           "loss_tg": "text $L_{tg}$ / 10", "loss_adv": "advantage $L_{adv}$",
@@ -81,7 +81,7 @@ def draw_weight(axis, video: Video, detections) -> None:
 def draw_input(axis, video: Video) -> None:
     """16 frames of the video side by side, or the features as an image."""
     extent = (0, video.duration, 0, 1)
-    if video.path.suffix == ".npy":
+    if video.path.suffix.lower() in FEATURE_SUFFIXES:
         rows = open_features(video.path)
         image = (rows - rows.mean(0)) / (rows.std(0) + 1e-6)
         axis.imshow(image.T, aspect="auto", extent=extent, cmap="RdBu", vmin=-3, vmax=3)

@@ -1,40 +1,29 @@
 """support/results.py - result files in ActivityNet's format, and the ground truth for them.
-
 Ground truth and predictions are dicts of one shape:
-{video: {"segments": (N, 2) float64 seconds, "labels": [str], "scores": (N,) if predicted}}.
-"""
+{video: {"segments": (N, 2) float64 seconds, "labels": [str], "scores": (N,) if predicted}}."""
 import json
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 
-from support.annotations import check_fields, expect, first_ten, read_field, read_segments
+from support import annotations
+from support.annotations import expect, first_ten, read_field, read_segments
 from support.checkpoint import written_whole
 
-def load_ground_truth(path, subset: str) -> dict:
-    """The videos of one subset, named in any case, of an ActivityNet-format file, plain or gzip.
-    Raises InputError for a file of another format, and for a subset without segments."""
-    ground_truth, subsets = {}, Counter()
-    for video, entry in read_field(path, "database").items():
-        where = f"{path}: database/{video}"
-        check_fields(where, entry, "subset")
-        subsets[entry["subset"]] += 1
-        if entry["subset"].lower() == subset.lower():
-            ground_truth[video] = read_segments(f"{where}/annotations", entry.get("annotations"))
-    found = first_ten(f"{name} ({count} videos)" for name, count in subsets.items())
-    expect(ground_truth, path, f"videos of subset '{subset}'", found, "give one by --subset")
-    expect(any(entry["labels"] for entry in ground_truth.values()), path,
-           f"segments in subset '{subset}'", f"none in {len(ground_truth)} videos",
-           "choose an annotated subset by --subset")
-    return ground_truth
+def load_ground_truth(path, subset: str, notes: list | None = None) -> dict:
+    """The videos of one subset of an annotation file, as training reads them, or InputError."""
+    videos = annotations.of_subset(annotations.load_annotations(path, notes=notes), subset, path)
+    expect(any(video.labels for video in videos), path, f"segments in subset '{subset}'",
+           f"none in {len(videos)} videos", "choose an annotated subset by --subset")
+    return to_ground_truth(videos)
 
 def load_predictions(path) -> dict:
     """The detections of an ActivityNet-format result file, plain or gzip, or InputError."""
     predictions = {}
     for video, entries in read_field(path, "results").items():
         predictions[video] = read_segments(f"{path}: results/{video}", entries, "score")
-        predictions[video]["scores"] = np.array([entry["score"] for entry in entries], np.float64)
+        predictions[video]["scores"] = np.array([float(entry["score"]) for entry in entries])
     return predictions
 
 def doubts(ground_truth: dict, predictions: dict):
@@ -54,16 +43,14 @@ def doubts(ground_truth: dict, predictions: dict):
     repeats = len(rows) - len(set(rows))
     if repeats > 0.01 * len(rows):
         yield (f"{repeats} of {len(rows)} detections repeat a score of their class; the order of "
-               f"ties depends on the CPU and can move the mAP by some tenths of a percent (write "
-               f"scores with more digits)")
+               f"ties depends on the CPU and moves the mAP: write scores with more digits")
 
 def write_result(path, predictions: dict) -> None:
     """{"results": {video: [{"label", "score", "segment": [start, end] (seconds)}]}} as a file."""
     results = {}
     for video, found in predictions.items():
         rows = zip(found["labels"], found["scores"].tolist(), found["segments"].tolist())
-        results[video] = [dict(label=label, score=score, segment=times)
-                          for label, score, times in rows]
+        results[video] = [dict(zip(("label", "score", "segment"), row)) for row in rows]
     content = {"version": "ActionVLM", "results": results, "external_data": {}}
     with written_whole(path) as beside:
         beside.write_text(json.dumps(content) + "\n")
@@ -74,6 +61,8 @@ def to_ground_truth(videos) -> dict:
 
 def format_table(result: dict, thresholds) -> str:
     """Markdown table of evaluate.mean_average_precision, in percent: mAP, then the classes."""
+    if not result["classes"]:
+        return "nothing to score: the test videos have no segments"
     rows = [("mAP", result["mAP"]), *zip(result["classes"], result["AP"].T)]
     width = max(5, *(len(name) for name, _ in rows))
     columns = [*(f"{threshold:g}" for threshold in thresholds), "average"]
@@ -92,20 +81,18 @@ def write_figures(path, subset: str, tiou: list, result: dict) -> None:
         Path(path).write_text(json.dumps(content, indent=1) + "\n")
 
 def by_class(entries: dict) -> dict:
-    """Ground truth or predictions -> {label: {video: rows [start, end, score]}}; no score is 0."""
-    rows = {}
+    """Ground truth or predictions -> {label: {video: (N, 3) start, end, score}}; no score is 0."""
+    found = {}
     for video, entry in entries.items():
         segments = np.asarray(entry["segments"], np.float64).reshape(-1, 2)
-        labels = entry["labels"]
-        scores = np.asarray(entry.get("scores", np.zeros(len(labels))), dtype=np.float64)
-        expect(len(segments) == len(scores) == len(labels), f"video {video}",
-               f"as many segments and scores as labels ({len(labels)})",
-               f"{len(segments)} segments and {len(scores)} scores")
-        expect(not np.isnan(scores).any(), f"predictions of video {video}", "numbers as scores",
-               "NaN", "did training diverge?")
-        for label, (start, end), score in zip(labels, segments.tolist(), scores.tolist()):
-            rows.setdefault(label, {}).setdefault(video, []).append((start, end, score))
-    return rows
+        scores = np.asarray(entry.get("scores", np.zeros(len(segments))), np.float64)
+        expect(len(segments) == len(entry["labels"]) == len(scores), f"video {video}",
+               f"as many labels and scores as segments ({len(segments)})", f"{len(scores)} scores")
+        expect(not np.isnan(scores).any(), f"video {video}", "scores", "NaN", "train again")
+        labels, index = np.unique(entry["labels"], return_inverse=True)
+        for c, label in enumerate(labels.tolist()):
+            found.setdefault(label, {})[video] = np.c_[segments, scores][index == c]
+    return found
 
 def count(entries: dict) -> int:
     """Number of segments."""

@@ -1,27 +1,33 @@
 """support/video.py - video and feature files: which a run reads, frames at given times, rows."""
 import math
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import torch
 
-from support.annotations import InputError, Video, expect, first_ten
+from support.annotations import InputError, Video, expect, first_ten, of_subset, tidy
+from support.presets import OPENTAD_SUBSETS
 
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov")
+FEATURE_SUFFIXES = (".npy", ".npz", ".pt")
 
 def read_frames(path, times: np.ndarray, short_side: int) -> np.ndarray:
     """The frames (N, h, w, 3), uint8 RGB, that a video shows at `times`; min(h, w) = short_side.
-    times: (N,) ascending seconds; the first frame is second 0. Times after the last frame get the
-    last frame: durations in annotation files are rounded. Raises InputError for a file that cannot
-    be decoded or ends before the end that it states, or if half of the times lie past the end."""
+    times: (N,) ascending seconds; the first frame is second 0. Times after the last frame get that
+    one: durations are rounded. InputError: a broken file, or half of the times after its end."""
     with opened(path) as container:
         frames, last, end = decode_frames(container, times, short_side)
-        seconds = (container.duration or 0) / 1e6
-    missing = len(times) - len(frames)
-    whole = end + max(1, 0.1 * seconds) >= min(times[-1], seconds)
+        seconds, missing = (container.duration or 0) / 1e6, len(times) - len(frames)
+        slack = max(1, 0.1 * seconds)
+        whole = not missing or end + slack >= min(times[-1], seconds)
+        if last is not None and not whole:           # sound may go on after the last frame
+            container.seek(int(1e6 * max(0, end)))
+            whole = span(container)[1] + slack >= seconds
     found = "none" if last is None else f"frames up to {end:.1f} s"
-    expect(whole or not missing, path, f"{seconds:.1f} s, as the file says", found,
+    expect(whole, path, f"{seconds:.1f} s, as the file says", found,
            "it is cut off or broken: get it again or leave it out")
     expect(times[len(times) // 2] <= max(end, seconds) + 1, path, f"{times[-1]:.1f} s", found,
            "correct its duration in the annotations, or leave it out with --leave-out")
@@ -32,7 +38,7 @@ def decode_frames(container, times: np.ndarray, short_side: int) -> tuple:
     frame or None, its second). Raises TypeError for frames out of order."""
     from av.video.reformatter import VideoReformatter
     scaler = VideoReformatter()                      # one for all frames: making one costs most
-    stream = container.streams.video[0]
+    stream = moving_pictures(container)
     tick = float(stream.time_base)                   # seconds
     start = stream.start_time or 0                   # ticks
     half = 0.5 / float(stream.average_rate or 30)    # half the time of a frame, seconds
@@ -68,14 +74,24 @@ def to_rgb(frame, short_side: int, scaler) -> np.ndarray:
     image = scaler.reformat(frame, w, h, "rgb24", interpolation=kind, threads=1).to_ndarray()
     return np.rot90(image, round(frame.rotation / 90))
 
-def probe(path) -> tuple:
-    """(duration in seconds, frames per second) of a video file."""
+def moving_pictures(container):
+    """The first stream of moving pictures: a cover is a stream of one picture."""
+    return [s for s in container.streams.video if not s.disposition & s.disposition.attached_pic][0]
+
+def span(container, *streams) -> tuple:
+    """(first, last) second of what streams (none: all) hold, from where reading stands."""
+    packets = [p for p in container.demux(*streams) if p.pts is not None]
+    starts = sorted(p.pts * p.time_base for p in packets)
+    ends = sorted((p.pts + (p.duration or 0)) * p.time_base for p in packets)
+    return starts[0], ends[-1]
+
+def probe(path, known: float = 0) -> tuple:
+    """(duration in seconds, if it is not `known`, frames per second) of a video file's pictures."""
     with opened(path) as container:
-        stream = container.streams.video[0]
-        fps = float(stream.average_rate)
-        ticks = stream.duration
-        seconds = float(ticks * stream.time_base) if ticks else container.duration / 1e6
-    return seconds, fps
+        stream = moving_pictures(container)
+        known = known or (stream.duration or 0) * stream.time_base
+        first, last = (0, known) if known else span(container, stream)      # reads all of it
+        return float(last - first), float(stream.average_rate)
 
 @contextmanager
 def opened(path):
@@ -91,45 +107,78 @@ def opened(path):
                          f"libx264 out.mp4) or leave it out") from error
 
 def open_features(path, width: int = 0) -> np.ndarray:
-    """A feature file (T, V) of real numbers as a memory map, without pickle. width: V (0 = any)."""
+    """The real numbers (T, V) of a feature file, without pickle. width: V (0 = any)."""
     try:
-        rows = np.lib.format.open_memmap(path, mode="r")
+        if str(path).lower().endswith(".pt"):
+            rows = torch.load(path, map_location="cpu", weights_only=True).float().numpy()
+        else:
+            rows = np.load(path, mmap_mode="r", allow_pickle=False)
+        if isinstance(rows, np.lib.npyio.NpzFile):
+            rows = rows[rows.files[0] if len(rows.files) == 1 else "feats"]
     except Exception as error:                       # a damaged header can fail in any way
-        raise InputError(f"{path}: expected a .npy file with an array (T, V), found: {error}; "
-                         f"extract this video again or leave it out") from error
+        raise InputError(f"{path}: expected a .npy file (or .npz, .pt) with an array (T, V), found:"
+                         f" {error}; extract this video again or leave it out") from error
+    rows = rows[0] if rows.ndim == 3 and len(rows) == 1 else rows
     expect(rows.ndim == 2 and rows.size and rows.dtype.kind in "fiu", path,
            "an array (T, V) of real numbers, at least one row", f"{rows.dtype} {rows.shape}")
     expect(width in (0, rows.shape[1]), path, f"{width} columns, as in the training videos",
            rows.shape[1], "extract all videos by the same encoder")
     return rows
 
+def choose_sets(videos: list, args, notes: list) -> list:
+    """[videos to train on, videos to test on]. `notes` gets a sentence on what may surprise."""
+    names, others = (args.train_subset, args.test_subset), OPENTAD_SUBSETS.get(args.dataset)
+    there = {video.subset.lower() for video in videos}
+    if others and there.issuperset(others) and not there.issuperset(map(str.lower, names)):
+        notes.append(f"{args.annotations}: subset '{others[0]}' trains and '{others[1]}' tests: "
+                     f"in OpenTAD's files these are the names of '{names[0]}' and '{names[1]}'")
+        names = others
+    sets = [choose_videos(videos, name, args, notes) for name in names]
+    trained, tested = ({label for v in part for label in v.labels} for part in sets)
+    if tested - trained:
+        notes.append(f"{args.annotations}: {len(tested - trained)} classes of the test subset have "
+                     f"no segment to train on: {first_ten(sorted(tested - trained))}")
+    return sets
+
 def choose_videos(videos: list, subset: str, args, notes: list) -> list:
-    """The videos of a subset, in any case, with path and fps; `notes` names those left out."""
-    chosen = [v for v in videos if v.subset.lower() == subset.lower()]
-    chosen = [v for v in chosen if v.name not in args.leave_out]
-    expect(chosen, args.annotations, f"videos of subset '{subset}' beside those of --leave-out",
-           "none", f"subsets there: {sorted({v.subset for v in videos})}")
+    """The videos of a subset with path, fps and duration; `notes` names those left out."""
+    kept = [video for video in videos if video.name not in args.leave_out]
+    where = f"{args.annotations}: beside {len(args.leave_out)} videos of --leave-out"
+    chosen = of_subset(kept, subset, where)
     folder = Path(args.videos or args.features)
-    suffixes = VIDEO_SUFFIXES if args.videos else (".npy",)
-    kind = "/".join(suffixes)
-    expect(folder.is_dir(), folder, f"a folder of {kind} files", "none")
-    files = {p.stem: p for p in sorted(folder.iterdir()) if p.suffix.lower() in suffixes}
-    paths = {v.name: files.get(v.name) or files.get(f"v_{v.name}") for v in chosen}
+    suffixes = VIDEO_SUFFIXES if args.videos else FEATURE_SUFFIXES
+    expect(folder.is_dir(), folder, f"a folder of {'/'.join(suffixes)} files", "none")
+    entries = sorted(folder.iterdir(), reverse=True)
+    files = {p.stem: p for p in entries if p.suffix.lower() in suffixes}
+    alike = {plain(stem): path for stem, path in files.items()}
+    paths = {v.name: files.get(v.name) or alike.get(plain(v.name)) for v in chosen}
     missing = [name for name, path in paths.items() if not path]
     lack = f"none for {len(missing)} of {len(chosen)}: {first_ten(missing)}"
+    endings = {p.suffix for p in entries if p.stem in missing}
+    if endings:
+        lack += f" (files of these names end in {first_ten(sorted(endings))})"
     skip = (args.skip_missing or args.dry_run) and len(missing) < len(chosen)
-    expect(skip or not missing, folder, f"a {kind} file per annotated video", lack,
+    expect(skip or not missing, folder, f"a {'/'.join(suffixes)} file per annotated video", lack,
            "add them, or leave these videos out with --skip-missing")
     if missing:
         notes.append(f"{folder}: found {lack}; left out")
-    chosen = [replace(v, path=paths[v.name]) for v in chosen if paths[v.name]]
-    for video in chosen:
-        video.fps = args.fps or video.fps
-        if not video.fps and args.videos:
-            video.fps = probe(video.path)[1]
-        where = f"{args.annotations}: video '{video.name}'"
-        expect(video.fps or args.resize_to, where, "fps", "none", "add it or give --fps")
-    return chosen
+    return [complete(replace(v, path=paths[v.name]), args) for v in chosen if paths[v.name]]
+
+def plain(name: str) -> str:
+    """The name of a video without `v_` before it and the ending of a video file behind it."""
+    name = Path(name).stem if Path(name).suffix.lower() in VIDEO_SUFFIXES else name
+    return name.removeprefix("v_")
+
+def complete(video: Video, args) -> Video:
+    """The video with fps and duration, by --fps, the annotations or the video file."""
+    fps, duration = args.fps or video.fps, video.duration
+    if args.videos and not (fps and duration):
+        duration, rate = probe(video.path, duration)
+        fps = fps or rate
+    where = f"{args.annotations}: video '{video.name}'"
+    expect(fps or args.resize_to, where, "fps", "none", "add it or give --fps")
+    expect(duration, where, "a duration", "none", "add it: only a video file tells it")
+    return tidy(replace(video, fps=fps, duration=duration), where, Counter())
 
 def single_video(path: Path, feature_dim: int, train_args, fps: float) -> Video:
     """A video or feature file on its own, by the flags of a training; feature_dim 0 = a video."""
@@ -142,14 +191,32 @@ def single_video(path: Path, feature_dim: int, train_args, fps: float) -> Video:
     duration = (steps * train_args.stride + 0.5 * train_args.num_frames) / fps
     return Video(path.stem, duration, fps, path=path)
 
-def doubt_steps(dataset) -> list:
-    """A sentence, if feature files have not as many rows as duration * fps / stride says."""
-    if dataset.image_size or dataset.resize_to:
+def check_training(training, test, args) -> None:
+    """InputError unless training and test set are apart, and a training window holds an action."""
+    both = sorted({v.path.stem for v in training.videos} & {v.path.stem for v in test.videos})
+    expect(not both, args.annotations, "other videos to test on than to train on",
+           f"{len(both)} in both: {first_ten(both)}", "correct --train-subset and --test-subset")
+    some = [i for i, video in enumerate(training.videos) if video.labels]
+    expect(any(len(training[i].labels) for i in some), args.annotations,
+           f"actions in windows of {args.train_subset}", f"none in {len(some)} annotated videos",
+           "choose another --train-subset, or check --window, --min-overlap, --stride and --fps")
+
+def check_rows(data, *more) -> list:
+    """A sentence on feature files of datasets whose rows do not fit the duration. InputError where
+    all are transposed. Tools round and pad differently, so 3 rows and 10 % are free."""
+    if data.image_size or data.resize_to:
         return []
-    steps = np.array([dataset.steps(v) for v in dataset.videos])
-    frames = np.array([v.duration * v.fps for v in dataset.videos])
-    ratio = np.median(steps * dataset.stride / frames)
-    if 0.8 < ratio < 1.25:
-        return []
-    return [f"feature files have {ratio:.2f} times the rows of duration * fps / stride (median): "
-            f"segments lie in wrong places; check --stride, and fps in the annotations or --fps"]
+    videos = sum((dataset.videos for dataset in more), data.videos)
+    T, V = np.array([open_features(video.path).shape for video in videos]).T
+    most = np.array([video.duration * video.fps for video in videos]) / data.stride
+    rows = np.maximum(most - data.num_frames / data.stride, 0) + 1
+    fits, turned = [(count > rows / 1.1 - 3) & (count < most * 1.1 + 3) for count in (T, V)]
+    expect(len(set(T)) > 1 or fits.mean() >= turned.mean(), videos[0].path.parent,
+           f"feature files of {rows.min():.0f} to {rows.max():.0f} rows", f"{T[0]} in all {len(T)}",
+           "they look transposed, (V, T) for (T, V): save array.T")
+    odd = np.flatnonzero(~fits)
+    named = first_ten(f"{videos[i].path.name} {T[i]} (expected {rows[i]:.0f})" for i in odd)
+    note = (f"{len(odd)} of {len(T)} feature files have not (duration * fps - num_frames) / stride "
+            f"+ 1 rows, but {np.median(T[odd] / rows[odd] if len(odd) else 1):.2f} times as many "
+            f"(median): {named}; check --stride, --fps, --num-frames and these files")
+    return [note] if len(odd) else []

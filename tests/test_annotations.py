@@ -151,6 +151,26 @@ def test_nothing_to_report_and_no_segments(tmp_path):
     assert load_annotations(json_file(tmp_path, ("Ambiguous", 1, 2)))[0].segments.shape == (0, 2)
 
 
+def test_shares_of_the_duration_are_an_error(tmp_path):
+    shares = [("a", i / 10, i / 10 + 0.1) for i in range(6)]
+    with pytest.raises(InputError, match=r"a.json: expected segments in seconds, found all 6 before second 1 of videos of 10 s"):
+        load_annotations(json_file(tmp_path, *shares, duration=20.0))               # 10: the median of 0 and 20
+    load_annotations(json_file(tmp_path, *shares, ("a", 8, 9), duration=20.0))
+    load_annotations(json_file(tmp_path, *shares, duration=2.0))                    # a short video is full of actions
+    load_annotations(json_file(tmp_path, *shares[:2], duration=20.0))               # too few to tell
+
+
+def test_numbers_as_text_hidden_labels_and_no_duration(tmp_path):
+    path = json_file(tmp_path, ("a", "1.5", "12"), duration="10.5")
+    content = json.loads(path.read_text())
+    content["database"] |= {"hidden": {"subset": "test", "fps": "25", "annotations": None}, "none": {"subset": "test"}}
+    path.write_text(json.dumps(content))
+    one, hidden, none = load_annotations(path)
+    assert (one.duration, one.segments.tolist()) == (10.5, [[1.5, 10.5]])
+    assert (hidden.duration, hidden.fps, hidden.segments.shape, none.labels) == (0, 25, (0, 2), [])
+    assert load_annotations(json_file(tmp_path, ("a", 1, 99), duration=None))[0].segments.tolist() == [[1, 99]]
+
+
 def test_a_reversed_segment_names_video_and_segment(tmp_path):
     with pytest.raises(InputError, match=r"a.json: video 'v': expected .*, found \[4.0, 3.0\] labelled b"):
         load_annotations(json_file(tmp_path, ("a", 1, 2), ("b", 4, 3)))

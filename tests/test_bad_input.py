@@ -129,6 +129,13 @@ def label(*names):
     return entry(annotations=[{"segment": [1, 2]} | ({"label": names[0]} if names else {})])
 
 
+def long_actions(content):
+    """No window of 32 steps holds half of 80 steps."""
+    for video in content["database"].values():
+        video["annotations"] = [{"label": "Run", "segment": [0, 10.7]}]
+    return content
+
+
 def without_segments(content):
     for video in content["database"].values():
         if video["subset"] == "Train":
@@ -153,9 +160,8 @@ ANNOTATIONS = {
     "entry a list": (lambda c: c["database"].update(a=[1]) or c, HERE, VIDEO_A, "found [1]"),
     "annotations an object": (entry(annotations={}), HERE, VIDEO_A, "annotations", "a list"),
     "annotation a number": (entry(annotations=[3]), HERE, VIDEO_A, "annotations[0]", "found 3"),
-    "no annotations": (entry(annotations=None), HERE, VIDEO_A, "annotations", "a list"),
     "segment of one number": (segment(1), HERE, VIDEO_A, "segment", "[start, end]", "found [1]"),
-    "segment of texts": (segment("1", "2"), HERE, VIDEO_A, "segment", "two finite numbers"),
+    "segment of texts": (segment("1", "two"), HERE, VIDEO_A, "segment", "two finite numbers"),
     "segment with nan": (segment(math.nan, 2), HERE, VIDEO_A, "segment", "two finite numbers", "nan"),
     "segment with infinity": (segment(1, math.inf), HERE, VIDEO_A, "segment", "two finite numbers"),
     "segment with null": (segment(None, 2), HERE, VIDEO_A, "segment", "two finite numbers"),
@@ -166,9 +172,9 @@ ANNOTATIONS = {
     "label a number": (label(7), HERE, VIDEO_A, "label", "a text", "found 7"),
     "label empty": (label(" "), HERE, VIDEO_A, "label", "a text"),
     "label of half a character": (label("\ud800"), HERE, VIDEO_A, "label", "a text"),
-    "duration missing": (entry(duration=None), HERE, VIDEO_A, "duration", "no such field"),
-    "duration zero": (entry(duration=0), HERE, VIDEO_A, "duration above 0", "found 0"),
-    "duration negative": (entry(duration=-3), HERE, VIDEO_A, "duration above 0", "found -3"),
+    "duration missing": (entry(duration=None), HERE, VIDEO_A, "a duration", "found none", "add it"),
+    "duration zero": (entry(duration=0), HERE, VIDEO_A, "a duration", "found none", "add it"),
+    "duration negative": (entry(duration=-3), HERE, VIDEO_A, "a duration of 0 to 1e6 s", "found -3"),
     "duration nan": (entry(duration=math.nan), HERE, VIDEO_A, "duration", "nan"),
     "duration a text": (entry(duration="long"), HERE, VIDEO_A, "duration", "found 'long'"),
     "duration of a century": (entry(duration=1e300), HERE, VIDEO_A, "duration", "found 1e+300"),
@@ -178,7 +184,8 @@ ANNOTATIONS = {
     "fps zero, of features": (entry(fps=0), HERE, VIDEO_A, "expected fps", "--fps"),
     "subset missing": (entry(subset=None), HERE, VIDEO_A, "subset", "no such field"),
     "subset a number": (entry(subset=3), HERE, VIDEO_A, "subset", "a text", "found 3"),
-    "nothing to train on": (without_segments, HERE, "--train-subset train", "2 videos", "without a single segment"),
+    "nothing to train on": (without_segments, HERE, "actions in windows of train", "none in 0 annotated videos"),
+    "nothing in a window": (long_actions, HERE, "none in 2 annotated videos", "--window, --min-overlap"),
 }
 
 
@@ -193,8 +200,9 @@ def test_annotations(project, fails, case):
 @pytest.mark.parametrize("flags, parts", {
     "absent": (["--annotations", "nowhere.json"], ["nowhere.json", "expected a JSON file", "No such file"]),
     "folder without csv": (["--annotations", "."], ["expected a folder with val_Annotation.csv", "JSON"]),
-    "unknown training subset": (["--train-subset", "x"], ["subset 'x'", "['Train', 'Val']"]),
-    "unknown test subset": (["--test-subset", "x"], ["subset 'x'", "['Train', 'Val']"]),
+    "unknown training subset": (["--train-subset", "x"], ["subset 'x'", "Train (2 videos), Val (1 videos)"]),
+    "unknown test subset": (["--test-subset", "x"], ["subset 'x'", "Train (2 videos), Val (1 videos)"]),
+    "the same videos": (["--test-subset", "train"], ["other videos to test on", "found 2 in both: a, b", "--test-subset"]),
     "all left out": (["--leave-out", "a", "b"], ["--leave-out", "subset 'train'"]),
 }.values(), ids=lambda value: " ".join(value)[:30])
 def test_annotation_flags(project, fails, flags, parts):
@@ -223,7 +231,6 @@ CSV = {
     "binary": (b"\0\1\2", INFO, "val_Annotation.csv", "expected a c"),
     "info missing": (ROWS, None, "val_video_info.csv", "expected a csv file"),
     "info without the video": (ROWS, INFO.replace("_1", "_2"), "val_video_info.csv", "video_validation_1"),
-    "info with fps 0": (ROWS, INFO.replace(",30,", ",0,"), "val_Annotation.csv", "video_validation_1", "duration"),
     "info with negative fps": (ROWS, INFO.replace(",30,", ",-30,"), "video_validation_1", "found -"),
 }
 
@@ -287,7 +294,7 @@ def header(text):
 
 def archive(path):
     with open(path, "wb") as file:
-        np.savez(file, rows=np.zeros((80, 6)))
+        np.savez(file, rows=np.zeros((80, 6)), times=np.zeros(80))
 
 
 FEATURES = {
@@ -297,15 +304,15 @@ FEATURES = {
     "no columns": (array((80, 0)), "a.npy", "(80, 0)"),
     "one dimension": (array(80), "a.npy", "(T, V)", "(80,)"),
     "three dimensions": (array((80, 6, 1)), "a.npy", "(T, V)", "(80, 6, 1)"),
-    "nan": (array(_70=math.nan), "a.npy", "expected finite features", "row 70"),
-    "infinity": (array(_70=-math.inf), "a.npy", "expected finite features", "row 70"),
-    "too large for float32": (array(dtype=np.float64, _3=1e300), "a.npy", "expected finite features", "row 3"),
+    "nan": (array(_70=math.nan), "a.npy", "expected finite features", "1 rows: 70"),
+    "infinity": (array(_70=-math.inf), "a.npy", "expected finite features", "1 rows: 70"),
+    "too large for float32": (array(dtype=np.float64, _3=1e300), "a.npy", "expected finite features", "1 rows: 3"),
     "pickled objects": (array(dtype=object), "a.npy", "object"),
     "texts": (array(dtype="U3"), "a.npy", "numbers", "<U3"),
     "complex numbers": (array(dtype=complex), "a.npy", "numbers", "complex128"),
     "cut short": (cut, "a.npy", "expected a .npy file"),
     "a text file": (lambda path: path.write_text("1 2 3\n"), "a.npy", "expected a .npy file"),
-    "an archive": (archive, "a.npy", "expected a .npy file"),
+    "an archive": (archive, "a.npy", "expected a .npy file", "feats is not a file in the archive"),
     "a directory": (lambda path: path.mkdir(), "a.npy", "expected a .npy file", "directory"),
     "zero length": (lambda path: path.write_bytes(b""), "a.npy", "expected a .npy file"),
     "10^15 rows": (header("{'descr': '<f4', 'fortran_order': False, 'shape': (1000000000000000, 6)}\n"), "a.npy"),
@@ -341,16 +348,17 @@ def test_feature_folder(project, fails, what):
 
 def test_a_worker_process_reports_the_same(project, fails):
     FEATURES["nan"][0](project[0] / "features/a.npy")
-    message = fails(train.main, [*project[1], "--window", "128", "--epochs", "1", "--workers", "1"], "a.npy", "row 70")
+    message = fails(train.main, [*project[1], "--window", "128", "--epochs", "1", "--workers", "1"], "a.npy", "1 rows: 70")
     assert len(message.strip().splitlines()) == 1
 
 
-@pytest.mark.parametrize("flags, ratio", [([], None), (["--stride", "8"], "1.99"), (["--fps", "15"], "1.99"),
+@pytest.mark.parametrize("flags, ratio", [([], None), (["--stride", "8"], "1.95"), (["--fps", "15"], "1.95"),
                                           (["--stride", "1"], "0.25"), (["--stride", "1", "--resize-to", "32"], None)])
 def test_features_of_another_stride_or_fps_are_a_note(project, capsys, flags, ratio):
     assert train.main([*map(str, project[1]), *flags, "--dry-run"]) == 0
-    note = f"feature files have {ratio} times the rows of duration * fps / stride"
-    assert note in capsys.readouterr().err if ratio else "times the rows" not in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert f"3 of 3 feature files have not (duration * fps - num_frames) / stride + 1 rows, but {ratio} times" in printed \
+        if ratio else "feature files" not in printed
 
 
 @pytest.mark.parametrize("dtype", [np.int64, np.uint8, np.float16, np.float64, ">f4"])
@@ -428,7 +436,7 @@ def test_a_video_shorter_than_a_clip_works(video_project, capsys):
     write_video(folder / "videos/a.mp4", np.zeros((3, 48, 48, 3), np.uint8), 10)
     write(folder / "annotations.json", entry(duration=0.3, annotations=[{"label": "Run", "segment": [0, 0.2]}])(
         json.loads((folder / "annotations.json").read_text())))
-    assert train.main([*map(str, flags), "--train-subset", "train", "--test-subset", "train"]) == 0
+    assert train.main([*map(str, flags), "--train-subset", "val", "--test-subset", "train"]) == 0
     assert set(json.loads((folder / "out/result.json").read_text())["results"]) == {"a", "b"}
 
 
@@ -615,10 +623,10 @@ def test_prediction_files(project, fails, case):
 TRUTH = {
     "absent": (None, "No such file"),
     "swapped": (PREDICTIONS, "'database'", "results", "swapped"),
-    "subset missing": ({"database": {"c": {}}}, "database/c", "'subset'"),
+    "subset missing": ({"database": {"c": {}}}, "video 'c'", "'subset'"),
     "another subset": ({"database": {"c": {"subset": "Train", "annotations": []}}}, "'val'", "Train (1 videos)"),
     "no segments": ({"database": {"c": {"subset": "Val", "annotations": []}}}, "expected segments"),
-    "annotations missing": ({"database": {"c": {"subset": "Val"}}}, "database/c/annotations", "a list"),
+    "annotations missing": ({"database": {"c": {"subset": "Val"}}}, "expected segments", "none in 1 videos"),
     "segment nan": ({"database": {"c": {"subset": "Val", "annotations": [{"label": "a", "segment": [1, math.nan]}]}}},
                     "annotations[0]: 'segment'", "nan"),
 }
@@ -679,7 +687,7 @@ def test_incomplete(trained, fails):
     command = ["--checkpoint", run, "--device", "cpu", "--incomplete"]
     fails(bias.main, command, "--incomplete", "an annotation file")
     fails(bias.main, [*command, folder / "nowhere.json"], "nowhere.json", "No such file")
-    fails(bias.main, [*command, folder / "annotations.json"], "subset 'incomplete'", "['Train', 'Val']")
+    fails(bias.main, [*command, folder / "annotations.json"], "subset 'incomplete'", "Train (2 videos)")
     fails(bias.main, [*command, write(folder / "x.json", [])], "x.json", "'database'")
 
 

@@ -293,7 +293,7 @@ def test_accumulated_batches_make_one_step(features, tmp_path):
 
 
 @pytest.mark.parametrize("change, message", [
-    (["--annotations", "nowhere.json"], "nowhere.json: expected a JSON file"), (["--train-subset", "x"], "subsets there"),
+    (["--annotations", "nowhere.json"], "nowhere.json: expected a JSON file"), (["--train-subset", "x"], "Train (2 videos)"),
     (["--features", "."], "found none for 2 of 2: a, b"), (["--lm", "nowhere"], "--lm nowhere: expected"),
     (["--resume"], "expected checkpoint.safetensors, found none; start without --resume"),
 ])

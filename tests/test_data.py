@@ -26,7 +26,15 @@ from data import (
 from support import annotations, demo
 from support.annotations import InputError, Video, load_annotations, load_descriptions
 from support.demo import write_video
-from support.video import choose_videos, open_features, probe, read_frames
+from support.video import (
+    check_rows,
+    choose_sets,
+    choose_videos,
+    moving_pictures,
+    open_features,
+    probe,
+    read_frames,
+)
 from vlm import NO_ACTION
 
 def annotation_file(tmp_path, entry, name="annotations.json"):
@@ -199,7 +207,7 @@ def test_load_annotations(tmp_path):
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"duration": 0}, "duration above 0"), ({"duration": math.inf}, "a number of seconds, found inf"), ({"duration": None}, "duration"),
+    ({"duration": -1}, "a duration of 0 to 1e6 s"), ({"duration": math.inf}, "a number of seconds, found inf"),
     ({"annotations": [{"segment": [1, 2]}]}, "label"), ({"annotations": [{"label": "a", "segment": [2, 1]}]}, "start <= end"),
     ({"annotations": [{"label": "a", "segment": [-1, 1]}]}, "start <= end"), ({"annotations": [{"label": "a"}]}, "segment"),
     ({"annotations": [{"label": "a", "segment": [1, math.nan]}]}, "two finite"),
@@ -238,7 +246,7 @@ def test_subset_names_in_any_case_and_unknown_ones_listed(tmp_path):
     videos = load_annotations(annotation_file(tmp_path, GOOD))
     (tmp_path / "v.npy").touch()
     assert [v.name for v in choose(videos, "TRAINING", features=tmp_path)] == ["v"]
-    with pytest.raises(InputError, match=r"found none; subsets there: \['training'\]"):
+    with pytest.raises(InputError, match=r"subset 'test', found training \(1 videos\); give one of these"):
         choose(videos, "test", features=tmp_path)
 
 
@@ -253,6 +261,79 @@ def test_missing_files_are_named_or_left_out_with_a_note(tmp_path):
     assert [v.path.name for v in found] == ["x0.npy", "v_x13.NPY"] and len(notes) == 1 and lack in notes[0]
     with pytest.raises(InputError, match="12 of 12"):                    # nothing at all is an error in any case
         choose(videos[1:13], notes=notes, features=tmp_path, skip_missing=True)
+
+
+def test_files_are_found_by_names_with_and_without_v_and_ending(tmp_path):
+    for name in ("a.npy", "v_b.NPY", "c.mp4.npz", "d.pt", "v_d.npy"):
+        (tmp_path / name).touch()
+    videos = [Video(name, 1.0, 1.0, "training") for name in ("a.mp4", "b", "v_c", "d")]
+    assert [v.path.name for v in choose(videos, features=tmp_path)] == ["a.npy", "v_b.NPY", "c.mp4.npz", "d.pt"]
+    (tmp_path / "x.h5").touch()
+    with pytest.raises(InputError, match=r"found none for 1 of 1: x \(files of these names end in .h5\); add them"):
+        choose([Video("x", 1.0, 1.0, "training")], features=tmp_path)
+
+
+def test_feature_files_of_other_formats(tmp_path):
+    rows = np.arange(6.0).reshape(3, 2)
+    np.save(tmp_path / "a.NPY.npy", rows[None])                                     # (1, T, V)
+    np.savez(tmp_path / "b.npz", feats=rows, times=np.zeros(3))
+    np.savez(tmp_path / "c.npz", rows)
+    torch.save(torch.from_numpy(rows), tmp_path / "d.pt")
+    for name in ("a.NPY.npy", "b.npz", "c.npz", "d.pt"):
+        assert open_features(tmp_path / name, 2).tolist() == rows.tolist(), name
+    torch.save({"rows": Path("x")}, tmp_path / "e.pt")                              # would run code
+    np.savez(tmp_path / "f.npz", rows=rows, times=rows)
+    for name in ("e.pt", "f.npz"):
+        with pytest.raises(InputError, match=f"{name}: expected a .npy file"):
+            open_features(tmp_path / name)
+
+
+def test_the_preset_knows_both_names_of_the_subsets(tmp_path):
+    args = SimpleNamespace(dataset="thumos14", train_subset="validation", test_subset="test", annotations="f", videos=None,
+                           features=tmp_path, leave_out=[], skip_missing=False, dry_run=False, fps=30, resize_to=0)
+    (tmp_path / "a.npy").touch(), (tmp_path / "b.npy").touch()
+    for names, said in ((("Validation", "Test"), 0), (("training", "validation"), 1)):
+        videos = [Video(name, 1.0, 0, subset, np.array([[0, 1.0]]), [label])
+                  for name, subset, label in zip("ab", names, ("Run", "Jump"))]
+        notes = []
+        one, two = choose_sets(videos, args, notes)
+        assert [one[0].name, two[0].name] == ["a", "b"] and len(notes) == said + 1
+        assert "1 classes of the test subset have no segment to train on: Jump" in notes[-1]
+    assert "f: subset 'training' trains and 'validation' tests: in OpenTAD's files" in notes[0]
+    args.dataset = "custom"
+    with pytest.raises(InputError, match="expected videos of subset 'test'"):
+        choose_sets(videos, args, [])
+
+
+def rows_of(tmp_path, shapes, durations, **flags):
+    """check_rows of feature files of these shapes: 30 fps, stride 4, 16 frames a feature."""
+    videos = [Video(f"v{i}", seconds, 30.0, path=tmp_path / f"v{i}.npy") for i, seconds in enumerate(durations)]
+    for video, shape in zip(videos, shapes):
+        np.save(video.path, np.zeros(shape))
+    sets = [TALDataset(part, [], 16, 4, 16, **flags) for part in (videos[:-1], videos[-1:])]
+    return check_rows(*sets)
+
+
+@pytest.mark.parametrize("shapes, durations", [
+    ([(3, 9)] * 3, [1] * 3),                                                        # (30 - 16) / 4 = 3.5
+    ([(71, 9), (72, 9), (75, 9), (77, 9)], [10] * 4),                               # floor, + 1, padded, two more
+    ([(1, 9), (1, 9)], [0.2, 0.4])])                                                # shorter than one feature
+def test_right_numbers_of_rows_are_no_note(tmp_path, shapes, durations):
+    assert rows_of(tmp_path, shapes, durations) == []
+
+
+def test_feature_files_that_stand_out_are_named(tmp_path):
+    (note,) = rows_of(tmp_path, [(72, 9), (36, 9), (72, 9), (150, 9)], [10] * 4)    # the last one is of the test set
+    assert note.startswith("2 of 4 feature files have not (duration * fps - num_frames) / stride + 1 rows, but 1.29 times")
+    assert "v1.npy 36 (expected 72), v3.npy 150 (expected 72); check --stride" in note
+    assert rows_of(tmp_path, [(100, 9), (100, 9)], [10, 90], resize_to=100) == []
+
+
+@pytest.mark.parametrize("shapes, durations", [([(4, 72)] * 3, [10] * 3),                          # far from 72 rows
+                                               ([(300, 220), (300, 260), (300, 355)], [30, 35, 48])])   # V near T
+def test_transposed_features_are_an_error(tmp_path, shapes, durations):
+    with pytest.raises(InputError, match=rf"rows, found {shapes[0][0]} in all 3; they look transposed, \(V, T\)"):
+        rows_of(tmp_path, shapes, durations)
 
 
 # ---------------------------------------------------------------- videos
@@ -285,23 +366,29 @@ def test_read_frames_can_show_a_frame_twice(counting_video):
     assert frame_numbers(read_frames(counting_video, np.array([1.0, 1.0, 1.02, 1.1]), 24)) == [10, 10, 10, 11]
 
 
-def write_frames(path, pts, codec="libx264", rotation=None, images=None):
-    """A video with the given times of its frames in milliseconds; frame i shows the number i."""
+def write_frames(path, pts, codec="libx264", rotation=None, images=None, sound=0, options=None):
+    """A video with the given times of its frames in milliseconds; frame i shows the number i. sound: seconds."""
     import av
     bits = (np.arange(len(pts))[:, None] >> np.arange(8)) & 1
     if images is None:
         images = np.tile(np.repeat(255 * bits, 8, 1)[:, None, :, None], (1, 48, 1, 3)).astype(np.uint8)
-    with av.open(str(path), "w") as container:
+    with av.open(str(path), "w", options=options or {}) as container:
         stream = container.add_stream(codec, rate=25, options={"g": "30", "bf": "3"})
         stream.height, stream.width, stream.pix_fmt = images.shape[1], images.shape[2], "yuv420p"
         stream.codec_context.time_base = Fraction(1, 1000)
         if rotation is not None:
             stream.set_display_rotation(rotation)
+        if sound:
+            silence = container.add_stream("aac", rate=8000, layout="mono")
         for image, time in zip(images, pts):
             frame = av.VideoFrame.from_ndarray(image, format="rgb24")
             frame.pts, frame.time_base = int(time), Fraction(1, 1000)
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
+        if sound:
+            frame = av.AudioFrame.from_ndarray(np.zeros((1, 8000 * sound), np.float32), format="fltp", layout="mono")
+            frame.sample_rate = 8000
+            container.mux([*silence.encode(frame), *silence.encode()])
 
 
 @pytest.mark.parametrize("name", ["late.mp4", "varying.mp4", "varying.mkv"])
@@ -316,6 +403,27 @@ def test_read_frames_follows_the_times_in_the_file(tmp_path, name):
     if name != "late.mp4":                                       # 200 ms into a gap the frame before it still shows
         i = int(np.flatnonzero(np.diff(pts) == 400)[0])
         assert frame_numbers(read_frames(tmp_path / name, times[i:i + 1] + 0.2, 48)) == [i]
+
+
+@pytest.mark.parametrize("name, start, more", [
+    ("late.mkv", 3000, {}), ("recorded.mkv", 0, dict(options={"live": "1"})),               # no duration in the file
+    ("recorded.webm", 60000, dict(options={"live": "1"}, codec="libvpx")),
+    ("sound.mkv", 0, dict(sound=9)), ("sound.mp4", 0, dict(sound=9))])
+def test_a_video_has_the_times_of_its_pictures(tmp_path, name, start, more):
+    write_frames(tmp_path / name, start + 40 * np.arange(50), **more)
+    assert probe(tmp_path / name) == (2.0, 25.0)
+    frames = frame_numbers(read_frames(tmp_path / name, np.array([0, 1, 1.96, 5, 8]), 48))      # 8 s in the annotations
+    assert frames == [0, 25, 49, 49, 49]
+    video = Video("v", 0.0, 0, "training", np.array([[1, 3.0]]), ["Run"])
+    (tmp_path / name).rename(tmp_path / f"v{(tmp_path / name).suffix}")
+    (found,) = choose([video], videos=tmp_path)
+    assert (found.duration, found.fps, found.segments.tolist()) == (2.0, 25.0, [[1, 2]])
+
+
+def test_a_cover_is_no_video():
+    from av.stream import Disposition
+    cover, clip = (SimpleNamespace(disposition=kind) for kind in (Disposition.attached_pic, Disposition.default))
+    assert moving_pictures(SimpleNamespace(streams=SimpleNamespace(video=[cover, clip]))) is clip
 
 
 # In the file a white quarter at the top left. The matrix of a phone held upright turns the picture clockwise by 90

@@ -1,7 +1,6 @@
 """The metric of evaluate.py: hand-computed cases, the peers' own figures, files and messages."""
 import gzip
 import json
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +13,7 @@ import evaluate
 from data import TALDataset
 from evaluate import average_precision, mean_average_precision, temporal_iou
 from support.annotations import Video
+from support.commands import run_command
 from support.results import format_table, load_ground_truth, load_predictions
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -238,10 +238,6 @@ def write(path, data, compress=False):
     return path
 
 
-def command(*args):
-    return subprocess.run([sys.executable, str(ROOT / "evaluate.py"), *map(str, args)], capture_output=True, text=True)
-
-
 @pytest.mark.parametrize("compress", [False, True])
 def test_load_files(tmp_path, compress):
     path = write(tmp_path / "gt.json", GROUND_TRUTH, compress)  # gzip is told by content, not by name
@@ -280,13 +276,38 @@ def test_broken_ground_truth_and_unreadable_files(tmp_path):
         load_ground_truth(path, "validation")
     with pytest.raises(ValueError, match="expected segments in subset 'blind', found none in 1 videos"):
         load_ground_truth(path, "blind")
-    with pytest.raises(ValueError, match="database/v: 'subset': expected a text, found no such field but annotations"):
+    with pytest.raises(ValueError, match="video 'v': 'subset': expected a text, found no such field but annotations"):
         load_ground_truth(write(path, {"database": {"v": {"annotations": []}}}), "test")
     with pytest.raises(ValueError, match="nowhere.json: expected a JSON file .*No such file"):
         load_predictions(tmp_path / "nowhere.json")
     path.write_bytes(gzip.compress(b"{}" * 100)[:-9])
     with pytest.raises(ValueError, match="expected a JSON file .*end-of-stream"):
         load_predictions(path)
+
+
+def test_a_file_is_scored_as_training_scores_it(tmp_path):
+    """Ambiguous is no class; no length and a copy do not count; the end of the video cuts. Perfect detections get 1."""
+    rows = [("run", 1, 3), ("Ambiguous", 5, 8), ("run", 4, 4), ("run", 1.0004, 3), ("jump", 10, 25)]
+    path = write(tmp_path / "gt.json", {"database": {"v": {"subset": "test", "duration": 20, "annotations": [
+        {"label": label, "segment": segment} for label, *segment in rows]}}})
+    notes = []
+    truth = load_ground_truth(path, "test", notes)
+    assert truth["v"]["labels"] == ["run", "jump"] and len(notes) == 4
+    predictions = found(v=[(1, 3, "run", .9), (10, 20, "jump", .8)])
+    assert_close(mean_average_precision(truth, predictions, [0.99])["AP"], [[1, 1]])
+
+
+def test_nothing_to_score_is_said():
+    result = mean_average_precision(truth(v=[]), found(v=[(0, 10, "a", .5)]), [0.5])
+    assert format_table(result, [0.5]) == "nothing to score: the test videos have no segments"
+
+
+def test_a_closed_pipe_ends_quietly(monkeypatch, capsys):
+    def closed():
+        raise BrokenPipeError(32, "Broken pipe")
+    monkeypatch.setattr(sys, "stdout", SimpleNamespace(flush=closed))
+    assert run_command("evaluate.py", lambda: None) == 141 and sys.stdout is None
+    assert capsys.readouterr().err == ""
 
 
 def test_format_table():
@@ -324,12 +345,6 @@ def test_main_notes_what_may_be_a_mistake(tmp_path, capsys):
     assert "2 detections have a label that the ground truth has not, and are not scored: A" in notes
     assert "1 of 1 videos with predictions are not in the subset; detections there are wrong: v2" in notes
     assert "1 of 2 detections repeat a score of their class" in notes
-
-
-def test_command_reports_a_mistake_without_traceback(tmp_path):
-    done = command("--ground-truth", tmp_path / "nowhere.json", "--predictions", tmp_path / "nowhere.json")
-    assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.startswith("evaluate.py: error: ") and "Traceback" not in done.stderr
 
 
 @needs_shared

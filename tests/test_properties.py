@@ -82,7 +82,7 @@ def read_all(path):
 
 def check_annotations(videos):
     for v in videos or []:
-        assert 0 < v.duration < math.inf and 0 <= v.fps < math.inf and isinstance(v.subset, str)
+        assert 0 <= v.duration < math.inf and 0 <= v.fps < math.inf and isinstance(v.subset, str)
         assert v.segments.shape == (len(v.labels), 2) and v.segments.dtype == np.float64
         assert all(isinstance(label, str) and label for label in v.labels)
         for start, end in v.segments:
