@@ -9,10 +9,8 @@ reads an instruction that holds the description of every action:
 Left of the bar, frames-first tokens see each other in both directions (a prefix language model).
 Under a causal mask no special token could see a description that follows it. The answer T_pred is
 causal, and no other token sees it. Text-first has an ordinary causal mask.
-
 Dimensions beside those of model.py: T tokens of the prompt, A of the answer, N of the whole
-sequence, n that one call reads.
-"""
+sequence, n that one call reads."""
 import math
 from contextlib import nullcontext
 from typing import NamedTuple
@@ -24,7 +22,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from support import language_models
-from support.annotations import InputError
+from support.annotations import expect
 from support.arithmetic import mean_of_groups, stretch
 
 SPECIAL_TOKENS = ("[cls]", "[loc]", "[adv]")
@@ -41,9 +39,7 @@ class LanguageFeatures(NamedTuple):
 
 def instruction(descriptions):
     """T_ins with T_desc in its place (Appendix B.2).
-
-    descriptions: {label: sentence}; an empty sentence leaves the label alone.
-    """
+    descriptions: {label: sentence}; an empty sentence leaves the label alone."""
     lines = []
     for label, sentence in descriptions.items():
         lines.append(f"{label}: {sentence}" if sentence else label)
@@ -53,10 +49,8 @@ def instruction(descriptions):
 
 def proposal_text(segments, labels):
     """Eq. 7: the answer T_pred for ground truth, "LongJump: 12-48, Diving: 60-75."
-
     segments: (N, 2) in frames of the window. labels: N names. The paper ranks proposals by their
-    confidence. Ground truth has none, so they stand in order of start.
-    """
+    confidence. Ground truth has none, so they stand in order of start."""
     rows = []
     for (start, end), label in zip(segments, labels):
         start = max(0, round(float(start)))               # a feature sees beyond its window
@@ -67,46 +61,40 @@ def proposal_text(segments, labels):
 
 def prefix_lm_mask(valid, prefix):
     """Attention mask of a prefix language model: (B, 1, N, N), True where row may see column.
-
     valid: (B, N) bool, False on padding. The first `prefix` tokens see each other in both
     directions; every later token sees the prefix and the tokens before it. Only padding itself
-    sees padding, so that no row is empty. prefix = 0 gives the causal mask.
-    """
+    sees padding, so that no row is empty. prefix = 0 gives the causal mask."""
     N = valid.size(1)
-    i = torch.arange(N, device=valid.device)
-    causal = i[None, :] <= i[:, None]
-    within = (i[None, :] < prefix) & (i[:, None] < prefix)
-    itself = i[None, :] == i[:, None]
-    allowed = (causal | within) & valid[:, None, :] | itself                      # (B, N, N)
+    allowed = valid.new_ones(N, N).tril()
+    allowed[:prefix, :prefix] = True
+    itself = torch.eye(N, dtype=torch.bool, device=valid.device)
+    allowed = allowed & valid[:, None, :] | itself                                # (B, N, N)
     return allowed[:, None]
 
 class LanguageModel(nn.Module):
     """M_lang: a causal language model with LoRA, frozen otherwise, and three special tokens.
-
     folder: see `support.language_models`. descriptions: {label: sentence}, in class order.
     layout: "frames-first" (the paper's order) or "text-first", see the top of this file.
     dtype: "float32" or "bfloat16", of frozen weights and arithmetic; the rest stays float32.
-    stride: K frames share one mean v_l and its special tokens; the paper has K = 1.
-    """
-
+    stride: K frames share one mean v_l and its special tokens; the paper has K = 1."""
     def __init__(self, folder, descriptions, lora_rank=128, lora_alpha=256,
                  layout="frames-first", dtype="float32", stride=1):
         super().__init__()
         self.layout, self.stride, self.classes = layout, stride, list(descriptions)
         base, self.tokenizer = language_models.load_language_model(folder, getattr(torch, dtype))
         self.lm = language_models.add_lora(base, lora_rank, lora_alpha)
-        table = base.get_input_embeddings().weight
+        embeddings = base.get_input_embeddings()
+        table = embeddings(torch.arange(len(embeddings.weight)))       # Gemma's are scaled
         self.dim = table.size(1)
         self.embedding_scale = float(table.float().std())
-        special_tokens = torch.randn(len(SPECIAL_TOKENS), self.dim)
-        self.special_tokens = nn.Parameter(special_tokens * self.embedding_scale)
+        special_tokens = torch.randn(len(SPECIAL_TOKENS), self.dim) * self.embedding_scale
+        self.special_tokens = nn.Parameter(special_tokens)
         self.register_buffer("prompt_ids", torch.empty(0, dtype=torch.long), persistent=False)
         self.set_descriptions(descriptions)
 
     def set_descriptions(self, descriptions):
         """Read other descriptions from now on (unmatched ones measure modality bias, §4.3)."""
-        ids = self.tokenize(instruction(descriptions))
-        self.prompt_ids = torch.tensor(ids, device=self.prompt_ids.device)
+        self.prompt_ids = self.prompt_ids.new_tensor(self.tokenize(instruction(descriptions)))
         self.kept_prompt = None
 
     def forward(self, f_vis, mask, answers=None):
@@ -118,11 +106,10 @@ class LanguageModel(nn.Module):
         cache = None
         if self.kept_prompt is not None:
             tokens = tokens[:, len(self.prompt_ids):]
-            cache = self.kept_prompt.for_windows(len(tokens))
+            cache = DynamicCache((layer.keys, layer.values) for layer in self.kept_prompt.layers)
+            cache.batch_repeat_interleave(len(tokens))
         hidden = self.hidden_states(tokens, valid, self.prefix(L), cache)         # (B, n, D)
-        A = answer_ids.size(1)
-        n = hidden.size(1)
-        hidden, answer = hidden.split([n - A, A], dim=1)
+        hidden, answer = hidden.tensor_split([hidden.size(1) - answer_ids.size(1)], dim=1)
         frames = hidden[:, -4 * steps:]
         if self.layout == "frames-first":
             frames = hidden[:, :4 * steps]
@@ -145,14 +132,11 @@ class LanguageModel(nn.Module):
 
     def sequence(self, f_vis, mask, answer_ids, answer_valid):
         """Frames and prompt in order of the layout, then the answer (answer_ids: (B, A)).
-
-        Returns embeddings (B, N, D) and which of them are real (B, N).
-        """
+        Returns embeddings (B, N, D) and which of them are real (B, N)."""
         f_vis, mask = mean_of_groups(f_vis, mask, self.stride)
         B, L = mask.size()
         special = repeat(self.special_tokens, "three d -> b l three d", b=B, l=L)
-        # v_l has the scale of the model's own embeddings.
-        v = f_vis[:, :, None] * self.embedding_scale
+        v = f_vis[:, :, None] * self.embedding_scale           # the scale of the embeddings
         frames = torch.cat([v, special], dim=2)                                   # (B, L, 4, D)
         frames = rearrange(frames, "b l four d -> b (l four) d")                  # (B, 4L, D)
         prompt = repeat(self.embed(self.prompt_ids), "t d -> b t d", b=B)         # (B, T, D)
@@ -168,44 +152,34 @@ class LanguageModel(nn.Module):
 
     def answer_tokens(self, answers, mask):
         """Token ids of the answers, which of them are real, and labels; all (B, A).
-
-        A label is the next token where it counts for Eq. 8, else -100.
-        """
+        A label is the next token where it counts for Eq. 8, else -100."""
         lead = self.tokenize(ANSWER)
-        rows = []
-        for text in answers or []:
-            rows.append(lead + self.tokenize(text) + [self.tokenizer.eos_token_id])
+        eos = self.tokenizer.eos_token_id
+        rows = [lead + self.tokenize(text) + [eos] for text in answers or []]
         longest = max(map(len, rows), default=0)
-        shape = (len(mask), longest)
-        ids = torch.zeros(shape, dtype=torch.long)
-        valid = torch.zeros(shape, dtype=torch.bool)
-        labels = torch.full(shape, -100)
-        start = len(lead)
-        for b, row in enumerate(rows):
-            row, end = torch.tensor(row), len(row)
-            ids[b, :end] = row
-            valid[b, :end] = True
-            labels[b, start - 1:end - 1] = row[start:]
-        return ids.to(mask.device), valid.to(mask.device), labels.to(mask.device)
+        rows = [row + [-100] * (longest - len(row)) for row in rows]
+        ids = torch.tensor(rows, device=mask.device).long().view(len(mask), longest)
+        labels = ids.roll(-1, dims=1)                          # the token that follows
+        labels[:, :len(lead) - 1] = -100
+        labels[:, -1:] = -100
+        return ids.clamp(min=0), ids >= 0, labels
 
     def hidden_states(self, tokens, valid, prefix, cache=None):
         """Last hidden states (B, n, D) of tokens (B, n, D), the last n of a sequence.
-
         valid: (B, N), the real tokens of the whole sequence. prefix: see `prefix_lm_mask`.
-        cache: keys and values of the tokens before; the new ones are added to it.
-        """
+        cache: keys and values of the tokens before; the new ones are added to it."""
         n = tokens.size(1)
-        position = valid.cumsum(1) - 1
-        position = position.clamp(min=0)[:, -n:]
+        position = (valid.cumsum(1) - 1).clamp(min=0)                             # (B, N)
         mask = prefix_lm_mask(valid, prefix)[:, :, -n:]                           # (B, 1, n, N)
         decoder = self.lm.get_base_model().base_model
         before = {} if cache is None else {language_models.name_of_cache(decoder): cache}
         # A compiled layer would be compiled again for every layer's place in the cache.
         eager = nullcontext() if cache is None else torch.compiler.set_stance("force_eager")
         with self.autocast(tokens.device), eager:
-            return decoder(inputs_embeds=tokens.to(self.lm.dtype), position_ids=position,
-                           attention_mask=language_models.attention_masks(self.lm.config, mask),
-                           use_cache=cache is not None, **before).last_hidden_state
+            masks = language_models.attention_masks(self.lm.config, mask, position)
+            return decoder(inputs_embeds=tokens.to(self.lm.dtype), position_ids=position[:, -n:],
+                           attention_mask=masks, use_cache=cache is not None,
+                           **before).last_hidden_state
 
     def prefix(self, L):
         """Number of tokens that see each other in both directions."""
@@ -219,12 +193,10 @@ class LanguageModel(nn.Module):
         """Raises InputError where the language model has too few positions for L frames."""
         found = self.sequence_length(L) + LONGEST_ANSWER
         limit = self.lm.config.max_position_embeddings
-        if found > limit:
-            raise InputError(
-                f"descriptions: expected at most {limit} tokens, the positions of the language "
-                f"model, found {found}, of these {len(self.prompt_ids)} of the "
-                f"{len(self.classes)} descriptions and up to {LONGEST_ANSWER} of an answer; "
-                f"shorten the sentences, lower --window ({L} frames), or raise --language-stride")
+        expect(found <= limit, "descriptions", f"at most {limit} tokens (positions of --lm)",
+               f"{found}, of these {len(self.prompt_ids)} of the {len(self.classes)} descriptions "
+               f"and up to {LONGEST_ANSWER} of an answer",
+               f"shorten the sentences, lower --window ({L} frames), or raise --language-stride")
 
     def tokenize(self, text):
         return self.tokenizer(text, add_special_tokens=False).input_ids
@@ -236,7 +208,7 @@ class LanguageModel(nn.Module):
     def logits(self, hidden):
         """Last hidden states (..., D) -> scores of the next token (..., vocabulary)."""
         with self.autocast(hidden.device):
-            return self.lm.get_output_embeddings()(hidden)
+            return language_models.logits(self.lm, hidden)
 
     def autocast(self, device):
         """bfloat16 arithmetic if the frozen weights are bfloat16."""
@@ -251,26 +223,12 @@ class LanguageModel(nn.Module):
     def keep_prompt(self):
         """Text-first: read the prompt once for all windows, until train() or eval() is called."""
         if self.layout == "text-first":
-            self.kept_prompt = KeptPrompt(self)
+            ids = self.prompt_ids[None]                                           # (1, T)
+            valid = torch.ones_like(ids, dtype=torch.bool)
+            cache = DynamicCache()
+            self.hidden_states(self.embed(ids), valid, 0, cache)
+            self.kept_prompt = cache
 
     def train(self, mode=True):
         self.kept_prompt = None                 # weights change in training
         return super().train(mode)
-
-class KeptPrompt:
-    """Keys and values of a prompt that comes first: no frame changes them."""
-
-    def __init__(self, language):
-        ids = language.prompt_ids[None]                                           # (1, T)
-        self.cache = DynamicCache()
-        valid = torch.ones_like(ids, dtype=torch.bool)
-        language.hidden_states(language.embed(ids), valid, 0, self.cache)
-
-    def for_windows(self, B):
-        """A cache of their own, from which B windows go on."""
-        cache = DynamicCache()
-        for number, layer in enumerate(self.cache.layers):
-            keys = layer.keys.expand(B, -1, -1, -1)
-            values = layer.values.expand(B, -1, -1, -1)
-            cache.update(keys, values, number)
-        return cache

@@ -2,8 +2,7 @@
 
     python -m experiments.bias --checkpoint out                      # LAP, mLA, benefit of language
     python -m experiments.bias --checkpoint out --groups vision-only.json   # Table 3, mLA
-    python -m experiments.bias --checkpoint out --incomplete                # Table 5
-"""
+    python -m experiments.bias --checkpoint out --incomplete                # Table 5"""
 import json
 import sys
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
@@ -17,7 +16,7 @@ from data import batch_loader, load_data, seconds_to_grid
 from evaluate import detect, mean_average_precision, open_checkpoint, score
 from experiments.ablations import rotated
 from head import detection_loss
-from support.annotations import InputError, is_number, read_field
+from support.annotations import expect, first_ten, is_number, read_field
 from support.commands import checkpoint_flags, run_command
 from support.flags import real
 from support.results import count, to_ground_truth, write_figures
@@ -47,9 +46,9 @@ def main(argv=None) -> int:
 def score_bias(args) -> None:
     """Print the test table, mLA, and LAP; with --groups Table 3 instead of LAP."""
     model, train_args, out = open_checkpoint(args)
-    if model.language is None and not args.groups:
-        raise InputError(f"--checkpoint {args.checkpoint}: expected a model with language, found "
-                         f"one trained with --lambda-lang 0; give --groups, or another model")
+    expect(model.language is not None or args.groups, f"--checkpoint {args.checkpoint}",
+           "a model with language", "one trained with --lambda-lang 0",
+           "give --groups, or another model")
     test = load_data(train_args, model.config.feature_dim)[1]
     reference = read_reference(args.groups)
     tiou = args.tiou or train_args.tiou
@@ -58,10 +57,10 @@ def score_bias(args) -> None:
     if model.language is not None:
         names = ["all", *result["classes"]]
         result["mLA"] = {n: mean_language_advantage(found.advantage, test, [n]) for n in names}
-        print("mLA: " + ", ".join(f"{name} {mLA:.4f}" for name, mLA in result["mLA"].items()))
         result["benefit"] = language_benefit(model, test, train_args)
-        print("true benefit of language: " + ", ".join(
-            f"{name} {value:.4f}" for name, value in result["benefit"].items()))
+        for title, key in (("mLA", "mLA"), ("true benefit of language", "benefit")):
+            figures = [f"{name} {value:.4f}" for name, value in result[key].items()]
+            print(f"{title}: {', '.join(figures)}")
     if args.groups:
         result["groups"] = score_groups(result, reference, args, found.advantage, test)
     else:
@@ -89,10 +88,9 @@ def language_benefit(model, dataset, args) -> dict:
         batch = batch.to(class_mean.device)
         output = model(batch)
         loss = detection_loss(output, batch, model.head).per_frame
-        vision_only = model(batch, use_language=False)
-        benefit = detection_loss(vision_only, batch, model.head).per_frame - loss
+        alone = detection_loss(model(batch, use_language=False), batch, model.head).per_frame
         target = language_advantage(class_mean, loss, batch.frame_class)
-        rows.append(torch.stack([output.advantage, benefit, target])[:, batch.mask])
+        rows.append(torch.stack([output.advantage, alone - loss, target])[:, batch.mask])
         actions.append((batch.frame_class < len(model.config.classes))[batch.mask])
     rows, action = torch.cat(rows, 1).double(), torch.cat(actions)             # (3, n), (n,)
     correlation = torch.corrcoef(rows[:, action]).tolist()
@@ -116,21 +114,19 @@ def mean_language_advantage(advantage: dict, dataset, names: list) -> float:
 def read_reference(words: list) -> dict:
     """Words of --groups -> {class: mean AP of a vision-only run}, {} if no word is a file."""
     files = [word for word in words if word != "thumos14"]
-    if len(files) > 1:
-        raise InputError(f"--groups: expected thumos14, FILE or both, found {' '.join(words)}")
+    expect(len(files) < 2, "--groups", "thumos14, FILE or both", " ".join(words), "leave one out")
     AP = read_field(files[0], "AP") if files else {}
-    for row in AP.values():
-        if not (isinstance(row, list) and row and all(map(is_number, row))):
-            raise InputError(f"--groups {files[0]}: expected a list of numbers for every class in "
-                             f"AP; write the file by evaluate.py --checkpoint DIR --json FILE")
+    for name, row in AP.items():
+        good = isinstance(row, list) and row and all(map(is_number, row))
+        expect(good, f"--groups {files[0]}: AP of '{name}'", "a list of numbers", row,
+               "write the file by evaluate.py --checkpoint DIR --json FILE")
     return {name: float(np.mean(row)) for name, row in AP.items()}
 
 def score_groups(result: dict, reference: dict, args, advantage: dict, dataset) -> dict:
     """Print Table 3 -> {level: {"classes", "mAP", "gain", "mLA"}}, None where one is missing."""
     unknown = sorted(set(result["classes"]) - set(reference))
-    if unknown and args.groups != ["thumos14"]:
-        raise InputError(f"--groups: expected an AP for every class, found none for "
-                         f"{', '.join(unknown[:5])}; score the reference on the same test set")
+    expect(not unknown or args.groups == ["thumos14"], "--groups", "an AP for every class",
+           f"none for {first_ten(unknown)}", "score the reference on the same test set")
     AP = dict(zip(result["classes"], result["AP"].mean(0)))
     rows = {level: dict(classes=[], mAP=None, gain=None, mLA=None) for level in LEVELS}
     for name in AP:
@@ -156,9 +152,8 @@ def score_groups(result: dict, reference: dict, args, advantage: dict, dataset) 
 def score_incomplete(args) -> None:
     """Print the row of Table 5."""
     model, train_args, _ = open_checkpoint(args)
-    if not args.incomplete and train_args.dataset != "demo":
-        raise InputError(f"--incomplete: expected an annotation file, found none: "
-                         f"{args.checkpoint} is not of the demo; give FILE")
+    expect(args.incomplete or train_args.dataset == "demo", "--incomplete", "an annotation file",
+           f"none: {args.checkpoint} is not of the demo", "give FILE")
     clips = Namespace(**vars(train_args))
     clips.train_subset = clips.test_subset = "incomplete"
     clips.dataset = "custom" if args.incomplete else "demo"
@@ -173,12 +168,10 @@ def score_incomplete(args) -> None:
 
 def ambiguity_metrics(predictions: dict, actions: dict) -> dict:
     """Table 5 (A.1): how cautious a model is on actions that are begun and not completed.
-
     Of the detections of an action that overlap it, the one with the highest score counts, else 0.
     "mConf": "the mean predicted confidence", its score
     "mLen": "the mean normalized span length", its part inside the action / the action's length
-    "acc@0.3", ...: "the proportion of predictions with span lengths below the threshold"
-    """
+    "acc@0.3", ...: "the proportion of predictions with span lengths below the threshold" """
     best = []
     for video, begun in actions.items():
         for (start, end), label in zip(*begun.values()):

@@ -1,7 +1,6 @@
 """experiments/question_answering.py - answers that the language model writes (Table 2, Fig. 6).
 
-    python -m experiments.question_answering --checkpoint out
-"""
+    python -m experiments.question_answering --checkpoint out"""
 import json
 import re
 import sys
@@ -16,7 +15,7 @@ from transformers import DynamicCache
 from data import batch_loader, load_data
 from evaluate import merge_windows, open_checkpoint, score
 from experiments.bias import add_lap
-from support.annotations import InputError
+from support.annotations import expect
 from support.commands import checkpoint_flags, run_command
 from support.flags import integer
 from support.results import write_figures
@@ -29,15 +28,13 @@ def main(argv=None) -> int:
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     checkpoint_flags(parser.add_argument, required=True)
     parser.add_argument("--max-new-tokens", type=integer(1), default=256, help="longest answer")
-    args = parser.parse_args(argv)
-    return run_command("question_answering.py", score_answers, args)
+    return run_command("question_answering.py", score_answers, parser.parse_args(argv))
 
 def score_answers(args) -> None:
     """Print the test table of the answers, their hallucination rates, and LAP."""
     model, train_args, out = open_checkpoint(args)
-    if model.language is None:
-        raise InputError(f"--checkpoint {args.checkpoint}: expected a model with language, found "
-                         f"one trained with --lambda-lang 0; it cannot write answers")
+    expect(model.language is not None, f"--checkpoint {args.checkpoint}", "a model with language",
+           "one trained with --lambda-lang 0", "it cannot write answers")
     test = load_data(train_args, model.config.feature_dim)[1]
     tiou = args.tiou or train_args.tiou
     predictions, answers = answer(model, test, train_args, args.max_new_tokens)
@@ -92,11 +89,14 @@ def generate(language, f_vis, mask, max_new_tokens: int = 256) -> list:
     return texts
 
 def parse_proposals(text: str, classes: list) -> list:
-    """Any text -> its entries `label: start-end` with a known label as (label, start, end)."""
-    known = {name.lower(): name for name in classes}
-    # ++ and *+ never go back: endless spaces would take minutes otherwise.
-    entries = re.findall(r"([^,.;:\n]++):\s*+(\d{1,9})\s*+-\s*+(\d{1,9})", text)
-    named = [(known.get(label.strip().lower()), start, end) for label, start, end in entries]
+    """Any text -> its entries `label: start-end` with a known label as (label, start, end).
+    Case counts where two labels differ in nothing else. Of labels that fit, the longest is read."""
+    known = {name.casefold(): name for name in classes} | {name: name for name in classes}
+    labels = "|".join(map(re.escape, sorted(classes, key=len, reverse=True)))
+    # Before an entry stands nothing, ", " (Eq. 7), a mark, or an entry. *+ never tries twice.
+    entries = re.findall(r"(?:^|, |(?<![^,.;:\n\d]) *)"
+                         rf"({labels})\s*+:\s*+(\d{{1,9}})\s*+-\s*+(\d{{1,9}})", text, re.I)
+    named = [(known.get(label, known.get(label.casefold())), *times) for label, *times in entries]
     return [(name, int(start), int(end)) for name, start, end in named if name is not None]
 
 def hallucination_rates(answers: list, beyond: float) -> dict:

@@ -1,12 +1,11 @@
 """support/weights.py - published vision encoders -> our modules.
-
-A path is a file of the authors of VideoMAE (v1 or v2) or InternVideo2, or the Hugging Face folder
-of a VideoMAE, an InternViT or an InternVL (its vision part). Code beside weights is never run.
-"""
+A path is a file of VideoMAE (v1, v2; of its authors or mmaction2) or InternVideo2, or the folder
+of a VideoMAE, InternViT or InternVL on Hugging Face. Code beside weights is never run."""
 import argparse
 import re
-from pathlib import Path
+from pathlib import Path, PurePath
 
+import numpy as np
 import torch
 import transformers
 from safetensors.torch import load_file
@@ -17,9 +16,9 @@ from support.checkpoint import part
 from support.internvideo2 import ClipEmbeddings, clip_fields, resize_positions
 
 # A VideoMAE that a CPU can train from scratch. The usual range of 0.02 suits wide layers only.
-TINY_VISION = dict(hidden_size=96, num_hidden_layers=2, num_attention_heads=4,
-                   intermediate_size=192, image_size=32, patch_size=16, num_frames=16,
-                   tubelet_size=2, initializer_range=0.2)
+TINY_VISION = dict(
+    hidden_size=96, num_hidden_layers=2, num_attention_heads=4, intermediate_size=192,
+    image_size=32, patch_size=16, num_frames=16, tubelet_size=2, initializer_range=0.2)
 DEFAULTS = {                    # of the code that each model_type is from
     "videomae": dict(image_size=224, patch_size=16),
     "internvl_vision": dict(image_size=448, patch_size=14),
@@ -29,7 +28,7 @@ WHOLE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediat
          "patch_size", "num_frames", "tubelet_size", "image_size")
 FIELDS = (*WHOLE, "hidden_act", "layer_norm_eps", "norm_type", "attention_bias", "use_qk_norm")
 UNUSED = re.compile(
-    r"norm\.|fc_norm\.|layernorm\.|head\.|classifier\.|clip_projector\."   # after the layers
+    r"norm\.|fc_norm\.|layernorm\.|(cls_)?head\.|classifier\.|clip_projector\."   # after the layers
     r"|(\w+_)?decoder\.|mask_token|(\w+_)?pos_embed"                     # of pre-training
     r"|(model\.)?(language_model|multi_modal_projector)\.|lm_head\.|mlp1\."    # rest of InternVL
     r"|vision_align\.|text_encoder\.|temp$"                              # rest of InternVideo2
@@ -42,6 +41,9 @@ ORIGINAL_VIDEOMAE = {
     "attention.attention.([qv])(uery|alue).bias": r"attn.\1_bias",
     "attention.output.dense": "attn.proj", "intermediate.dense": "mlp.fc1",
     "output.dense": "mlp.fc2", "layernorm_before": "norm1", "layernorm_after": "norm2"}
+MMACTION_VIDEOMAE = {                           # the same, but for these names
+    **ORIGINAL_VIDEOMAE, "embeddings.patch_embeddings.projection": "patch_embed.projection",
+    "intermediate.dense": "mlp.layers.0.0", "output.dense": "mlp.layers.1"}
 ORIGINAL_INTERNVIT = {
     "cls_token": "class_embedding", "position_embeddings": "position_embedding",
     "patch_embeddings.projection": "patch_embedding", "encoder.layer": "encoder.layers",
@@ -52,8 +54,9 @@ ORIGINAL_INTERNVIDEO2 = {                       # the same, but for these names
     "patch_embeddings.projection": "patch_embed.proj", "encoder.layer": "blocks",
     "embeddings.": "", r"ls(\d)": r"ls\1.gamma"}
 FOLDER_VIDEOMAE = {"([qv])(uery|alue).bias": r"\1_bias"}
-LAYOUTS = {"videomae": [ORIGINAL_VIDEOMAE, FOLDER_VIDEOMAE], "internvit": [ORIGINAL_INTERNVIT, {}],
-           "internvideo2": [ORIGINAL_INTERNVIDEO2]}
+LAYOUTS = {"videomae": [ORIGINAL_VIDEOMAE, MMACTION_VIDEOMAE, FOLDER_VIDEOMAE],
+           "internvit": [ORIGINAL_INTERNVIT, {}], "internvideo2": [ORIGINAL_INTERNVIDEO2]}
+PATCHES = "embeddings.patch_embeddings.projection.weight"
 
 def vision_config(path, image_size: int) -> dict:
     """Describe a published encoder by plain values for Config.vision (see build_encoder).
@@ -61,22 +64,21 @@ def vision_config(path, image_size: int) -> dict:
     config = folder_config(Path(path)) if Path(path).is_dir() else file_config(path)
     patch = config["patch_size"]
     smaller = image_size // patch * patch
-    expect(smaller == image_size, path,
-           f"an image size that is a multiple of its patches of {patch} pixels", image_size,
-           f"take --image-size {smaller} or {smaller + patch}")
+    expect(smaller == image_size, path, f"an image size that is a multiple of its patches of "
+           f"{patch} pixels", image_size, f"take --image-size {smaller} or {smaller + patch}")
     return dict(config, image_size=image_size)
 
 def file_config(path) -> dict:
     """Read the sizes of a VideoMAE or InternVideo2 file; the latter has tubelets of 1 frame."""
     tensors = read_tensors(path)
-    prefix, _ = find_layout(path, tensors, [ORIGINAL_VIDEOMAE])
-    tensors = part(tensors, prefix)
-    shape = tuple(tensors["patch_embed.proj.weight"].shape)
-    expect(len(shape) == 5, f"{path}: {prefix}patch_embed.proj.weight", "5 dimensions", shape,
-           "give a file of a video encoder")
+    prefix, layout = find_layout(path, tensors, [ORIGINAL_VIDEOMAE, MMACTION_VIDEOMAE])
+    tensors, patches = part(tensors, prefix), rename(PATCHES, layout)
+    shape = tuple(tensors[patches].shape)
+    expect(len(shape) == 5, f"{path}: {prefix}{patches}", "5 dimensions", shape, "name another")
     V, _, tubelet, _, patch = shape
     layers = {name.split(".")[1] for name in tensors if name.startswith("blocks.")}
-    hidden = tensors.get("blocks.0.mlp.fc1.bias", range(4 * V))    # an error later, if missing
+    # A bias that is missing is an error later.
+    hidden = tensors.get(rename("encoder.layer.0.intermediate.dense.bias", layout), range(4 * V))
     heads = {1280: 16, 1408: 16}.get(V, max(1, V // 64))       # VideoMAE H and g have wider heads
     fields = dict(kind="videomae", pretrained_image_size=224, num_frames=16)
     if tubelet == 1:
@@ -95,8 +97,7 @@ def folder_config(folder: Path) -> dict:
            f"model_type {', '.join(DEFAULTS)}, or an InternVL", shorten(found), "give its folder")
     values = {**DEFAULTS[found], **content}
     if found == "intern_vit_6b":
-        values["attention_bias"] = values["qkv_bias"]
-        values["use_qk_norm"] = values["qk_normalization"]
+        values |= dict(attention_bias=values["qkv_bias"], use_qk_norm=values["qk_normalization"])
     fields = {name: values[name] for name in FIELDS if name in values}
     for name, value in fields.items():
         if isinstance(value, list) and value:
@@ -127,10 +128,9 @@ def build_encoder(config: dict) -> tuple[torch.nn.Module, int, int]:
         layer.attention.attention.key.bias = None      # VideoMAE has none, and it has no effect
     if pretrained != config.image_size:
         steps = config.num_frames // config.tubelet_size
-        side, ours = pretrained // config.patch_size, config.image_size // config.patch_size
-        table = get_sinusoid_encoding_table(steps * side ** 2, config.hidden_size)    # (1, n, V)
-        table = resize_positions(table, (steps, side), (steps, ours))
-        videomae.embeddings.position_embeddings = table
+        old, new = ((steps, side // config.patch_size) for side in (pretrained, config.image_size))
+        table = get_sinusoid_encoding_table(steps * old[1] ** 2, config.hidden_size)  # (1, n, V)
+        videomae.embeddings.position_embeddings = resize_positions(table, old, new)
     return videomae, config.num_frames, config.tubelet_size
 
 def rename(name: str, layout: dict) -> str:
@@ -141,8 +141,7 @@ def rename(name: str, layout: dict) -> str:
 
 def find_layout(path, tensors: dict, layouts: list) -> tuple:
     """Find (prefix of every name of the encoder, its layout) by the patch embedding."""
-    patches = "embeddings.patch_embeddings.projection.weight"
-    markers = {rename(patches, layout): layout for layout in layouts}
+    markers = {rename(PATCHES, layout): layout for layout in layouts}
     for marker, layout in markers.items():
         for name in tensors:
             if f".{name}".endswith(f".{marker}"):
@@ -158,8 +157,10 @@ def vision_tensors(path, kind: str, expected: dict) -> tuple:
     weights, unused = {}, dict.fromkeys(tensors)
     for name, ours in expected.items():
         source = prefix + rename(name, layout)
-        if source not in tensors and prefix + name in tensors:
-            source = prefix + name                 # biases that transformers 5.17 wrote
+        # Biases of query, key and value in one tensor, or as transformers 5.17 wrote them.
+        for other in (re.sub("[qv]_bias$", "qkv.bias", source), prefix + name):
+            if source not in tensors and other in tensors:
+                source = other
         parts, part = 1, 0
         if ".qkv." in source:                      # query, key, value in one tensor, in this order
             parts, part = 3, "qkv".index(name.split(".")[-2][0])
@@ -192,15 +193,29 @@ def read_tensors(path) -> dict:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):       # VideoMAE's flags
+        with torch.serialization.safe_globals(plain_classes()):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:                     # a damaged pickle can fail in any way
+        foreign = re.findall(r"GLOBAL (\S+) w", str(error))
+        expect(not foreign, path, "tensors and plain values", f"objects of {', '.join(foreign)}",
+               "if you trust it: torch.save(torch.load(FILE, weights_only=False)['model'], NEW)")
         reason = f"{type(error).__name__}: {error}".split(". ")[0]     # no advice to unpickle
         raise InputError(f"{path}: expected weights (.pth, .pt, .bin, .safetensors) or a folder, "
                          f"found {reason}; check the path, or fetch the file again") from error
-    for level in ("module", "model", "state_dict"):
+    for level in ("module", "model", "model_ema", "state_dict"):
         if isinstance(content, dict):
             content = content.get(level, content)
     named = isinstance(content, dict) and all(map(torch.is_tensor, content.values()))
     expect(named, path, "named tensors", "something else", "give a file with weights")
     return content
+
+def plain_classes() -> list:
+    """What a file may hold beside tensors, for torch.load: they keep values and run no code."""
+    scalar, array = (value.__reduce__()[0] for value in (np.float64(), np.empty(0)))
+    classes = [argparse.Namespace, np.dtype, np.ndarray]
+    classes += {type(np.dtype(code)) for code in np.typecodes["All"]}
+    for module in ("numpy.core.multiarray", "numpy._core.multiarray"):
+        classes += [(scalar, f"{module}.scalar"), (array, f"{module}._reconstruct")]
+    for module in ("pathlib", "pathlib._local"):               # the latter of Python 3.13
+        classes += [(PurePath, f"{module}.{system}Path") for system in ("Posix", "Windows")]
+    return classes

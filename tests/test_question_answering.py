@@ -1,5 +1,6 @@
 """Localization as question answering (Table 2): generation, reading, hallucinations, the command."""
 import json
+import random
 import time
 from types import SimpleNamespace
 
@@ -24,9 +25,30 @@ def test_eq7_text_round_trip():
     assert parse_proposals(text, list(CLASSES)) == [("Jump", 1, 5), ("Run", 3, 9)]
 
 
+LABELS = ["board:chopping", "chopping", "oil", "oil:olive", "pass, long", "cut; mix", "No. 7", "run ", "run", "Run", "12-48", " 7",
+          'say "a"', "a  b", "éléphant", "a", "A: 1"]
+
+
+def test_labels_with_marks_digits_blanks_and_common_beginnings_come_back():
+    times = [[3 * i, 3 * i + 2] for i in range(len(LABELS))]
+    assert parse_proposals(proposal_text(times, LABELS), LABELS) == [(name, *time) for name, time in zip(LABELS, times)]
+    assert parse_proposals(proposal_text(times, LABELS).upper(), ["oil", "OIL:OLIVE"]) == [("oil", 6, 8), ("OIL:OLIVE", 9, 11)]
+
+
+def test_every_answer_in_any_labels_comes_back():
+    """Labels of up to 7 random pieces, too short for one to hold a whole entry of another."""
+    draw = random.Random(0)
+    pieces = ["a", "b", "B", "1", "48", "-", ":", ",", ".", ";", " ", "\n", "'", '"', "é", "ß", "中", "(", "|", "\\"]
+    for _ in range(1000):
+        labels = {"".join(draw.choices(pieces, k=draw.randint(1, 7))) for _ in range(draw.randint(1, 6))} - {" ", "\n"}
+        rows = sorted((*sorted(draw.choices(range(60), k=2)), draw.choice(sorted(labels) or ["a"])) for _ in range(draw.randint(1, 5)))
+        text = proposal_text([row[:2] for row in rows], [row[2] for row in rows])
+        assert parse_proposals(text, sorted(labels | {"a"})) == [(label, start, end) for start, end, label in rows], text
+
+
 @pytest.mark.parametrize("text, expected", [
     ("", []), (NO_ACTION, []), ("Jump", []), ("jump : 3 - 9", [("Jump", 3, 9)]), ("Fly: 1-2, Run: 5-3", [("Run", 5, 3)]),
-    ("Run: 1-2, Run: 1-2", [("Run", 1, 2)] * 2), ("Run: 99999999999999-2", []), ("\x00\ud83d::--,,", []),
+    ("Run: 1-2, Run: 1-2", [("Run", 1, 2)] * 2), ("Fly and run: 1-2 run: 3-4;JUMP:5-6", [("Run", 3, 4), ("Jump", 5, 6)]), ("Run: 99999999999999-2", []), ("\x00\ud83d::--,,", []),
 ])
 def test_parse_proposals_takes_whatever_a_language_model_writes(text, expected):
     assert parse_proposals(text, list(CLASSES)) == expected

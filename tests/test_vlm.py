@@ -201,7 +201,7 @@ def test_kept_prompt_gives_the_same_features(lm_folder, lengths):
     model.keep_prompt()
     for _ in range(2):
         kept = model(f, mask)
-        assert {layer.keys.size(2) for layer in model.kept_prompt.cache.layers} == {len(model.prompt_ids)}   # has not grown
+        assert {layer.keys.size(2) for layer in model.kept_prompt.layers} == {len(model.prompt_ids)}   # has not grown
     one = model(f[:1], mask[:1])
     for a, b, c in zip(plain[:3], kept[:3], one[:3]):
         torch.testing.assert_close(a[mask], b[mask], atol=1e-5, rtol=1e-5)
@@ -214,7 +214,7 @@ def test_kept_prompt_is_read_once_without_gradients_and_forgotten_in_time(lm_fol
     monkeypatch.setattr(model, "hidden_states", lambda tokens, *rest: read.append(tokens.size(1)) or original(tokens, *rest))
     T, other = len(model.prompt_ids), dict(zip(CLASSES, reversed(CLASSES.values())))
     model.keep_prompt()
-    assert not any(layer.keys.requires_grad or layer.values.requires_grad for layer in model.kept_prompt.cache.layers)
+    assert not any(layer.keys.requires_grad or layer.values.requires_grad for layer in model.kept_prompt.layers)
     model(f, mask)
     model(f, mask)
     assert read == [T, 32, 32]

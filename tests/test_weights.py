@@ -2,6 +2,7 @@
 import argparse
 import json
 import math
+import zipfile
 from functools import cache
 from pathlib import Path
 
@@ -253,13 +254,36 @@ PRETRAINING = {"decoder.blocks.0.attn.qkv.weight": torch.ones(6, 2), "decoder.no
 CLASSIFIER = {"fc_norm.weight": torch.ones(V), "fc_norm.bias": torch.ones(V), "head.weight": torch.ones(3, V)}
 
 
+def of_mmaction2(w: dict) -> dict:
+    """The original layout -> names as in the files of mmaction2 and OpenTAD."""
+    names = {"patch_embed.proj": "patch_embed.projection", "mlp.fc1": "mlp.layers.0.0", "mlp.fc2": "mlp.layers.1"}
+    for theirs, ours in names.items():
+        w = {name.replace(theirs, ours): tensor for name, tensor in w.items()}
+    return under("backbone.", w)
+
+
+def with_one_bias(w: dict) -> dict:
+    """Biases of query, key and value in one tensor; that of the key changes nothing."""
+    rest = {name: tensor for name, tensor in w.items() if not name.endswith(("q_bias", "v_bias"))}
+    return rest | {f"blocks.{i}.attn.qkv.bias": torch.cat([w[f"blocks.{i}.attn.q_bias"], torch.ones(V), w[f"blocks.{i}.attn.v_bias"]])
+                   for i in range(LAYERS)}
+
+
+MM_HEAD = {"cls_head.fc_cls.weight": torch.ones(3, V), "cls_head.fc_cls.bias": torch.ones(3), "backbone.fc_norm.bias": torch.ones(V)}
+SIDE = {"args": argparse.Namespace(lr=0.1, path=Path("a/b")), "best": np.float64(0.5), "epoch": np.int64(3),
+        "random": ("MT19937", np.arange(624, dtype=np.uint32), 624), "on": np.bool_(True), "names": np.array(["a"])}
+
+
 @pytest.mark.parametrize("wrap", [
     lambda w: (w, []),
     lambda w: ({"module": w | CLASSIFIER}, sorted(CLASSIFIER)),                      # as the distilled v2 files
-    lambda w: ({"model": w, "epoch": 3, "args": argparse.Namespace(lr=0.1)}, []),
+    lambda w: ({"model": w} | SIDE, []),
+    lambda w: ({"model_ema": with_one_bias(w)}, []),
+    lambda w: ({"state_dict": of_mmaction2(w) | MM_HEAD, "meta": {"epoch": 3}}, sorted(MM_HEAD)),
+    lambda w: ({"state_dict": of_mmaction2(with_one_bias(w))}, []),
     lambda w: ({"model": under("encoder.", w | {"norm.bias": torch.ones(V)}) | PRETRAINING},
                sorted([*PRETRAINING, "encoder.norm.bias"])),
-], ids=["bare", "module", "model", "pre-training"])
+], ids=["bare", "module", "model", "one bias", "mmaction2", "mmaction2, one bias", "pre-training"])
 def test_original_videomae_gives_the_features_of_plain_arithmetic(tmp_path, wrap):
     w, frames = videomae_file(), frames_of(16, 48)
     content, unused = wrap(w)
@@ -319,7 +343,7 @@ def test_sizes_of_a_videomae_file(tmp_path, width, layers, heads, hidden, patch)
     tensors = {f"blocks.{i}.norm1.weight": torch.ones(width) for i in range(layers)}
     tensors |= {"patch_embed.proj.weight": torch.ones(width, 3, 2, patch, patch),
                 "blocks.0.mlp.fc1.bias": torch.ones(hidden)}
-    torch.save({"module": tensors}, tmp_path / "vit.pth")
+    torch.save({"module": of_mmaction2(tensors) if width == 192 else tensors}, tmp_path / "vit.pth")
     config = weights.vision_config(tmp_path / "vit.pth", 14 * patch)
     assert config == dict(kind="videomae", pretrained_image_size=224, image_size=14 * patch, patch_size=patch,
                           tubelet_size=2, num_frames=16, hidden_size=width, num_hidden_layers=layers,
@@ -602,9 +626,30 @@ class Trap:
 def test_nothing_in_a_file_is_run(tmp_path):
     Trap.path = str(tmp_path / "ran")
     torch.save({"module": videomae_file(), "extra": Trap()}, tmp_path / "vit.pth")
-    with pytest.raises(InputError, match="Weights only load failed;"):
+    with pytest.raises(InputError, match="vit.pth: expected tensors and plain values, found objects of .*open; if you trust it"):
         weights.read_tensors(tmp_path / "vit.pth")
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("value", ["MT19937", np.float64(0.5), Path("a"), np.array([{"a": 1}, None], object)])
+def test_a_file_of_an_older_numpy_or_a_newer_python_is_read(tmp_path, value):
+    torch.save({"model": {"w": torch.ones(2)}, "side": value}, tmp_path / "new.pth")
+    for old, new in ((b"numpy._core.multiarray", b"numpy.core.multiarray"), (b"cpathlib\n", b"cpathlib._local\n"), (b"PosixPath", b"WindowsPath")):
+        with zipfile.ZipFile(tmp_path / "new.pth") as source, zipfile.ZipFile(tmp_path / "old.pth", "w") as target:
+            for item in source.infolist():
+                target.writestr(item, source.read(item).replace(old, new))
+        assert weights.read_tensors(tmp_path / "old.pth")["w"].tolist() == [1, 1]
+
+
+class History:
+    """A class of a training framework, whose objects its files hold."""
+
+
+def test_an_object_of_a_foreign_class_is_named(tmp_path):
+    torch.save({"state_dict": videomae_file(), "history": History()}, tmp_path / "vit.pth")
+    with pytest.raises(InputError, match=r"found objects of \S*test_weights\.History; if you trust it: torch\.save\(.*, NEW\)$") as error:
+        weights.vision_config(tmp_path / "vit.pth", 48)
+    assert "\n" not in str(error.value) and "fetch the file" not in str(error.value)
 
 
 def test_folders_without_weights_or_of_an_unknown_model(tmp_path):
