@@ -1,21 +1,17 @@
 """head.py - M_dh, the detection head (paper §3.5; ActionFormer, Zhang et al. 2022).
-
 A feature pyramid turns the L frames of a window into points at S temporal scales. Every point says
 which classes it sees (`cls_logits`) and how far away the start and the end of the action are
 (`offsets`). Reading order: the head, its pyramid, the loss (Eq. 6), decoding, soft-NMS.
-
 Dimensions: B batch, L frames of a window, L_s = L / 2^s points of level s, D feature width, W width
 of the pyramid, C classes, S levels, P points of all levels, N segments. Times are in grid units (1
 unit = 1 frame). A mask is False on padding. The input of every convolution, pooling and attention
-is masked: a padded clip gives what it gives alone.
-"""
+is masked: a padded clip gives what it gives alone."""
 import math
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from einops import repeat
 from torch import Tensor, nn
 
 from support.arithmetic import attend, channels_last_conv, max_pool, zero_padding
@@ -33,23 +29,18 @@ class Output:
 
     def clip(self, b):
         """The head's output for clip b alone, without the batch dimension."""
-        return replace(
-            self,
-            cls_logits=[level[b] for level in self.cls_logits],
-            offsets=[level[b] for level in self.offsets],
-            mask=[level[b] for level in self.mask],
-        )
+        fields = {}
+        for name in ("cls_logits", "offsets", "mask"):
+            fields[name] = [level[b] for level in getattr(self, name)]
+        return replace(self, **fields)
 
 class DetectionHead(nn.Module):
     """M_dh: two feature streams -> class logits and boundary offsets on a pyramid.
-
     in_dim: D. num_classes: C. width: W. levels: S, with strides 1, 2, .. 2^(S-1).
     window: attention window in steps of each level (odd), 0 = global attention.
     drop_path: probability that training skips a residual branch for a sample.
     ranges: per level [lo, hi], the boundary distances it is responsible for, in grid units.
-    prior: probability that every class starts at; low, or background would swamp the first steps.
-    """
-
+    prior: probability that classes start at; low, or background would swamp the first steps."""
     def __init__(self, in_dim, num_classes, width=512, levels=6, num_heads=4, window=19,
                  drop_path=0.1, ranges=None, prior=0.01, lambda_loc=1.0, label_smoothing=0.0):
         super().__init__()
@@ -69,9 +60,7 @@ class DetectionHead(nn.Module):
 
     def forward(self, f_cls, f_loc, mask):
         """f_cls, f_loc: (B, L, D), F_cls and F_loc of Eq. 5. mask: (B, L) bool -> Output.
-
-        Both streams pass the same pyramid; it runs once where both are one tensor.
-        """
+        Both streams pass the same pyramid; it runs once where both are one tensor."""
         p_cls, masks = self.pyramid(f_cls, mask)
         p_loc = p_cls if f_loc is f_cls else self.pyramid(f_loc, mask)[0]
         cls_logits, offsets = [], []
@@ -89,15 +78,10 @@ class DetectionHead(nn.Module):
 
 class TemporalPyramid(nn.Module):
     """f (B, L, D), mask (B, L) -> features S x (B, L_s, W), 0 on padding; masks S x (B, L_s).
-
-    Two embedding convolutions, two blocks at stride 1, then S - 1 blocks that halve the length.
-    """
-
+    Two embedding convolutions, two blocks at stride 1, then S - 1 blocks that halve the length."""
     def __init__(self, in_dim, width, levels, num_heads, window, drop_path):
         super().__init__()
-        first = Conv(in_dim, width, bias=False)
-        second = Conv(width, width, bias=False)
-        self.embed = nn.ModuleList([first, second])
+        self.embed = nn.ModuleList([Conv(dim, width, bias=False) for dim in (in_dim, width)])
         self.embed_norm = layer_norms(2, width)
         strides = [1, 1] + [2] * (levels - 1)
         blocks = [Block(width, num_heads, stride, window, drop_path) for stride in strides]
@@ -118,18 +102,14 @@ class TemporalPyramid(nn.Module):
         for block in self.branch:
             xs.append(block(xs[-1], masks[-1]))                                        # (B, L_s, W)
             masks.append(masks[-1][:, ::2])
-        levels = []
-        for norm, x, m in zip(self.level_norm, xs, masks):
-            levels.append(zero_padding(norm(x), m))
-        return levels, masks
+        levels = zip(self.level_norm, xs, masks)
+        return [zero_padding(norm(x), m) for norm, x, m in levels], masks
 
 class Block(nn.Module):
     """Pre-norm transformer block: (B, L, W) -> (B, L / stride, W)."""
-
     def __init__(self, width, num_heads, stride, window, drop_path):
         super().__init__()
-        self.stride = stride
-        self.drop_path = drop_path
+        self.stride, self.drop_path = stride, drop_path
         self.norm_attention = nn.LayerNorm(width)
         self.norm_mlp = nn.LayerNorm(width)
         self.attention = Attention(width, num_heads, stride, window)
@@ -154,7 +134,6 @@ class Block(nn.Module):
 
 class Attention(nn.Module):
     """Multi-head self-attention; q, k, v each pass a depthwise convolution first."""
-
     def __init__(self, width, num_heads, stride, window):
         super().__init__()
         self.num_heads, self.stride, self.window = num_heads, stride, window
@@ -173,12 +152,9 @@ class Attention(nn.Module):
 
 class ConvHead(nn.Module):
     """Three convolutions, shared by all levels: (B, L_s, W) -> (B, L_s, out_dim), 0 on padding."""
-
     def __init__(self, in_dim, out_dim, width):
         super().__init__()
-        first = Conv(in_dim, width, bias=False)
-        second = Conv(width, width, bias=False)
-        self.hidden = nn.ModuleList([first, second])
+        self.hidden = nn.ModuleList([Conv(dim, width, bias=False) for dim in (in_dim, width)])
         self.norm = layer_norms(2, width)
         self.out = Conv(width, out_dim)
 
@@ -189,7 +165,6 @@ class ConvHead(nn.Module):
 
 class Conv(nn.Conv1d):
     """Conv1d with kernel 3 on (B, L, C) instead of torch's (B, C, L)."""
-
     def __init__(self, in_dim, out_dim, stride=1, groups=1, bias=True):
         super().__init__(in_dim, out_dim, 3, stride, padding=1, groups=groups, bias=bias)
 
@@ -210,11 +185,8 @@ class DetectionLoss:
 
 def detection_loss(output, batch, head):
     """Eq. 6: L_dh = 1/M * sum over points of (L_cls + lambda_loc * 1[positive] * L_loc).
-
     batch: segments, B tensors (N, 2) in grid units; labels, B tensors (N,) int. N may be 0.
-    head: gives lambda_loc, label smoothing s in y(1-s) + s/(C+1), and M, which is updated first.
-    """
-    points = torch.cat(output.points)                                                # (P, 4)
+    head: gives lambda_loc, label smoothing s in y(1-s) + s/(C+1), and M, which is updated first."""
     valid = torch.cat(output.mask, 1)                                                # (B, P)
     logits = torch.cat(output.cls_logits, 1)                                         # (B, P, C)
     offsets = torch.cat(output.offsets, 1)                                           # (B, P, 2)
@@ -222,9 +194,8 @@ def detection_loss(output, batch, head):
     targets = []
     for segments, labels in zip(batch.segments, batch.labels, strict=True):
         labels = labels.clamp(max=C - 1)           # a class-agnostic head has one class for all
-        targets.append(assign_targets(points, segments, labels, C))
-    cls_targets = torch.stack([cls for cls, _ in targets])                           # (B, P, C)
-    loc_targets = torch.stack([loc for _, loc in targets])                           # (B, P, 2)
+        targets.append(assign_targets(output.points, segments, labels, C))
+    cls_targets, loc_targets = map(torch.stack, zip(*targets))               # (B, P, C), (B, P, 2)
     positive = (cls_targets.sum(-1) > 0) & valid                                     # (B, P)
     head.update_normalizer(positive.sum())
     M = head.loss_normalizer.clone()               # backward must not see a later update
@@ -245,14 +216,12 @@ def points_to_frames(point_loss, masks):
     L = masks[0].size(1)
     per_frame = 0
     for level in point_loss.split([m.size(1) for m in masks], dim=1):
-        per_frame = per_frame + repeat(level, "b l -> b (l r)", r=L // level.size(1))
+        per_frame = per_frame + level.repeat_interleave(L // level.size(1), dim=1)
     return per_frame.masked_fill(~masks[0], 0)
 
 def sigmoid_focal_loss(logits, targets, alpha=0.25, gamma=2.0):
     """Focal loss (Lin et al. 2017), elementwise: alpha_t (1 - p_t)^gamma * cross-entropy.
-
-    logits, targets: same shape, targets in [0, 1]. alpha < 0: no class balance.
-    """
+    logits, targets: same shape, targets in [0, 1]. alpha < 0: no class balance."""
     p = logits.sigmoid()
     miss = p + targets - 2 * p * targets                                             # 1 - p_t
     entropy = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
@@ -263,11 +232,9 @@ def sigmoid_focal_loss(logits, targets, alpha=0.25, gamma=2.0):
 
 def diou_loss(pred_offsets, target_offsets, eps=1e-8):
     """DIoU loss of intervals around one point: 1 - IoU + (centre distance / enclosing length)^2.
-
     pred_offsets, target_offsets: (N, 2), distances to start and end >= 0 -> (N,) in [0, 1.25].
     Both contain the point, so their union is as long as their enclosing interval. Where it is
-    shorter than eps, the loss is 1 without gradient (ActionFormer's would be 0.5 / eps = 5e7).
-    """
+    shorter than eps, the loss is 1 without gradient (ActionFormer's would be 0.5 / eps = 5e7)."""
     inter = torch.minimum(pred_offsets, target_offsets).sum(-1)
     union = torch.maximum(pred_offsets, target_offsets).sum(-1)              # = enclosing length
     degenerate = union < eps
@@ -279,14 +246,12 @@ def diou_loss(pred_offsets, target_offsets, eps=1e-8):
 
 def assign_targets(points, segments, labels, num_classes, radius=1.5):
     """Which ground truth each point has to find -> cls (P, C) in {0, 1}, offsets (P, 2) in strides.
-
     points: `pyramid_points`, or its concatenation (P, 4). segments: (N, 2). labels: (N,).
     A segment claims a point that is strictly inside it, within radius * stride of its centre, and
     whose longer boundary distance is in the range of the level. Of several segments the shortest
-    gives the offsets, and the classes of all within 1e-3 of its length are set. Else both are 0.
-    """
-    if isinstance(points, (list, tuple)):
-        points = torch.cat(list(points))
+    gives the offsets, and the classes of all within 1e-3 of its length are set. Else both are 0."""
+    if not torch.is_tensor(points):
+        points = torch.cat(points)
     if len(segments) == 0:
         return points.new_zeros(len(points), num_classes), points.new_zeros(len(points), 2)
     t, low, high, stride = points[:, :, None].unbind(1)                      # (P, 1) each
@@ -297,11 +262,11 @@ def assign_targets(points, segments, labels, num_classes, radius=1.5):
     inside = (t > first) & (t < last)
     longer = torch.maximum(t - start, end - t)
     claims = inside & (longer >= low) & (longer <= high)
-    lengths = (end - start).expand_as(longer).masked_fill(~claims, math.inf)
+    lengths = torch.where(claims, end - start, math.inf)
     shortest, which = lengths.min(1)                                         # (P,)
     tied = claims & (lengths <= shortest[:, None] + 1e-3)
-    one_hot = labels[:, None] == torch.arange(num_classes, device=labels.device)       # (N, C)
-    cls = (tied.to(points.dtype) @ one_hot.to(points.dtype)).clamp(max=1)
+    one_hot = F.one_hot(labels, num_classes).to(points.dtype)                # (N, C)
+    cls = (tied.to(points.dtype) @ one_hot).clamp(max=1)
     left = t[:, 0] - start[which]
     right = end[which] - t[:, 0]
     offsets = torch.stack([left, right], 1) / stride
@@ -323,11 +288,9 @@ def default_ranges(levels):
 
 def decode(output, min_score=0.001, top_k=2000, external_scores=None, min_length=0.05):
     """One clip (`Output.clip`) -> detections before NMS: segments (N, 2), scores (N,), labels (N,).
-
     Each level gives its best top_k scores above min_score, of segments longer than min_length (grid
     units). external_scores: (K,) video-level class scores, multiplied with the sigmoid: C = K, or
-    C = 1 for a class-agnostic head, which then gives K classes.
-    """
+    C = 1 for a class-agnostic head, which then gives K classes."""
     found = []
     levels = zip(output.cls_logits, output.offsets, output.points, output.mask, strict=True)
     for logits, offset, point, valid in levels:
@@ -351,14 +314,12 @@ def decode(output, min_score=0.001, top_k=2000, external_scores=None, min_length
 def soft_nms(segments, scores, iou_threshold=0.1, sigma=0.5, min_score=0.001, method="gaussian",
              limit=0):
     """Soft-NMS (Bodla et al. 2017) of one class -> segments (M, 2), decayed scores (M,), indices.
-
     It picks the best score again and again, and multiplies the others by a weight of their tIoU
     with the pick: gaussian exp(-tIoU^2 / sigma); linear 1 - tIoU or hard 0 from iou_threshold on.
-    Results are in pick order, at most `limit` (0 = all), none but the first below min_score.
-    """
+    Results are in pick order, at most `limit` (0 = all), none but the first below min_score."""
     # numpy: torch takes several times as long for thousands of such small operations.
-    start, end = segments.detach().cpu().numpy().astype(np.float32).T.copy()
-    score = scores.detach().cpu().numpy().astype(np.float32)
+    start, end = segments.numpy(force=True).astype(np.float32).T.copy()
+    score = scores.numpy(force=True).astype(np.float32)
     index = np.arange(len(score))
     picks, decayed = [], []
     while len(score) and (not limit or len(picks) < limit):
@@ -369,8 +330,7 @@ def soft_nms(segments, scores, iou_threshold=0.1, sigma=0.5, min_score=0.001, me
             values[0], values[best] = values[best], values[0]
         picks.append(index[0])
         decayed.append(score[0])
-        inter = np.minimum(end[1:], end[0]) - np.maximum(start[1:], start[0])
-        inter = inter.clip(min=0)
+        inter = (np.minimum(end[1:], end[0]) - np.maximum(start[1:], start[0])).clip(min=0)
         union = (end[1:] - start[1:]) + (end[0] - start[0] + np.float32(1e-6)) - inter
         tiou = inter / union
         if method == "gaussian":
@@ -387,10 +347,8 @@ def soft_nms(segments, scores, iou_threshold=0.1, sigma=0.5, min_score=0.001, me
 
 def vote_segments(kept, segments, scores, threshold):
     """Segment voting: a kept segment becomes the mean of its neighbours, weighted by score * tIoU.
-
     kept: (M, 2). segments: (N, 2), scores: (N,), all detections before NMS -> (M, 2). Neighbours
-    have tIoU >= threshold. A kept segment without any stays as it is.
-    """
+    have tIoU >= threshold. A kept segment without any stays as it is."""
     start = torch.maximum(kept[:, None, 0], segments[None, :, 0])
     end = torch.minimum(kept[:, None, 1], segments[None, :, 1])
     inter = (end - start).clamp(min=0)                                       # (M, N)

@@ -1,11 +1,9 @@
 """model.py - ActionVLM (paper §3.1, §3.4): vision encoder -> language -> aggregation -> head.
-
 The dimensions of all files:
     B batch                          L frames (steps) of a window
     C classes                        D feature width = hidden width of the language model
     V width of the vision encoder or of the feature files
-    S levels of the pyramid          N tokens of a sequence, or segments of a window
-"""
+    S levels of the pyramid          N tokens of a sequence, or segments of a window"""
 import math
 from dataclasses import dataclass, field, replace
 
@@ -53,7 +51,6 @@ class Config:
 
 class ActionVLM(nn.Module):
     """The method: F_vis -> F_lang -> (F_cls, F_loc) -> proposals."""
-
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -110,10 +107,7 @@ class ActionVLM(nn.Module):
     @torch.no_grad()
     def calibrate(self, batches):
         """Start the projection by standardising every input: mean 0, variance 1 over `batches`.
-
-        Encoder features share a large constant offset. LayerNorm would keep it, and flatten the
-        rest.
-        """
+        Encoder features share a large offset. LayerNorm would keep it, and flatten the rest."""
         rows = [self.features(batch)[batch.mask] for batch in batches]
         x = torch.cat(rows).double()                                                     # (n, V)
         smallest = 1e-6 * float(x.abs().max()) + 1e-12
@@ -140,10 +134,7 @@ class ActionVLM(nn.Module):
                 part.checkpointing()
 
     def compile_layers(self, **options):
-        """Run the layers of encoder and language model as compiled code; after `checkpointing`.
-
-        options: of torch.compile.
-        """
+        """Compile the layers of both models, after `checkpointing`. options: of torch.compile."""
         # All layers share one function of transformers, and torch gives up after 8 kinds of calls:
         # training or test, one window or several, of both models.
         torch._dynamo.config.recompile_limit = 64
@@ -153,10 +144,8 @@ class ActionVLM(nn.Module):
 
 def language_weight(advantage):
     """Eq. 4: lambda_lang = 2 sigmoid(ReLU(A)) - 1, (B, L) -> (B, L) in [0, 1).
-
     The predictor starts at exactly 0. torch's ReLU has gradient 0 there, so the detection loss
-    could never move it; clamp has gradient 1.
-    """
+    could never move it; clamp has gradient 1."""
     return 2 * torch.sigmoid(advantage.clamp(min=0)) - 1                        # Eq. 4
 
 def aggregate(f_vis, f_lang, weight):
@@ -165,12 +154,9 @@ def aggregate(f_vis, f_lang, weight):
 
 class Standardise(nn.Module):
     """Batch norm over real frames, without parameters: lambda weighs like against like.
-
     Hidden states of a language model have large components that are the same for every frame.
     LayerNorm would keep them, and shrink what differs. Training takes mean and variance of the
-    batch; test time takes their running means.
-    """
-
+    batch; test time takes their running means."""
     def __init__(self, dim, momentum=0.1):
         super().__init__()
         self.momentum = momentum
@@ -194,53 +180,41 @@ class Standardise(nn.Module):
 
 class VisionEncoder(nn.Module):
     """E_vis: one feature per frame, the mean over the patches, without a norm over them.
-
     VideoMAE reads clips of 16 frames, and its steps of 2 frames are interpolated linearly in time.
     InternVideo2 reads clips of 8 frames in steps of 1. InternViT reads every frame by itself.
-    config: see support/weights.py:build_encoder.
-    """
-
+    config: see support/weights.py:build_encoder."""
     def __init__(self, config):
         super().__init__()
         self.kind = config.get("kind", "videomae")
         self.backbone, self.clip, self.tubelet = build_encoder(config)
         self.dim = self.backbone.config.hidden_size
-        mean, std = torch.tensor(IMAGE_MEAN), torch.tensor(IMAGE_STD)
-        self.register_buffer("mean", mean[:, None, None], persistent=False)
-        self.register_buffer("std", std[:, None, None], persistent=False)
+        for name, values in (("mean", IMAGE_MEAN), ("std", IMAGE_STD)):
+            self.register_buffer(name, torch.tensor(values)[:, None, None], persistent=False)
 
     def forward(self, frames, mask):
         """frames: (B, k L, 3, H, W) uint8, k frames a step. mask: (B, L) bool -> (B, L, V).
-
-        k L is a multiple of the clip length, or ValueError.
-        """
+        k L is a multiple of the clip length, or ValueError."""
         L = mask.size(1)
         k = frames.size(1) // L
         if k * L % self.clip:
             raise ValueError(f"expected a multiple of {self.clip} frames, found {k * L}")
         pixels = (frames / 255 - self.mean) / self.std
-        each = self.each_frame if self.kind == "internvit" else self.each_clip
-        steps = each(pixels)                                                # (B, kL/tubelet, V)
+        steps = self.each_clip(pixels)                                      # (B, kL/tubelet, V)
         real = -(-k * mask.sum(1) // self.tubelet)                          # (B,), rounded up
         return stretch(steps, real, L)                                      # (B, L, V)
 
     def each_clip(self, pixels):
-        """VideoMAE, InternVideo2: (B, L, 3, H, W) -> (B, L/tubelet, V)."""
-        B, time = len(pixels), self.clip // self.tubelet
+        """(B, L, 3, H, W) -> (B, L/tubelet, V), from L / clip clips; an image is a clip of one."""
         clips = rearrange(pixels, "b (n f) c h w -> (b n) f c h w", f=self.clip)
-        tokens = self.backbone(clips).last_hidden_state                     # (B n, patches, V)
-        if self.kind == "internvideo2":
-            tokens = tokens[:, 1:]                                          # no class token
-        return rearrange(tokens, "(b n) (t hw) v -> b (n t) hw v", b=B, t=time).mean(2)
-
-    def each_frame(self, pixels):
-        """InternViT: (B, L, 3, H, W) -> (B, L, V), without the class token."""
-        images = rearrange(pixels, "b l c h w -> (b l) c h w")
+        if self.kind == "internvit":
+            clips = clips.squeeze(1)
         means = []
-        for part in images.split(64):                                       # bounds the memory
-            tokens = self.backbone(part).last_hidden_state                  # (64, 1 + patches, V)
-            means.append(tokens[:, 1:].mean(1))
-        return rearrange(torch.cat(means), "(b l) v -> b l v", b=len(pixels))
+        for part in clips.split(64):                                        # bounds the memory
+            tokens = self.backbone(part).last_hidden_state                  # (64, patches, V)
+            if self.kind != "videomae":
+                tokens = tokens[:, 1:]                                      # no class token
+            means.append(tokens.unflatten(1, (self.clip // self.tubelet, -1)).mean(2))
+        return rearrange(torch.cat(means), "(b n) t v -> b (n t) v", b=len(pixels))
 
     def load(self, path):
         """Take all of a file's weights, or InputError; -> names that are unused by design."""

@@ -1,17 +1,15 @@
 """train.py - Algorithm 1 (paper §3.3, §3.6): vision-only and vision-language epochs in turn.
-
     python train.py                                 # the demo: minutes on a CPU
     python train.py --dataset custom --features DIR --annotations FILE --descriptions FILE
     python train.py --dataset custom --videos DIR --annotations FILE --descriptions FILE
     python train.py ... --dry-run                   # load everything, run two steps, write nothing
     python train.py ... --resume                    # go on from the checkpoint in --out
     torchrun --nproc_per_node 4 train.py ...        # on several GPUs; --batch-size is of each
-
-Writes into --out: checkpoint.safetensors, log.jsonl, result.json, report.png.
-"""
+Writes into --out: checkpoint.safetensors, log.jsonl, result.json, report.png."""
 import math
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,12 +18,12 @@ from torch.utils.data import BatchSampler, DistributedSampler
 from tqdm import tqdm
 
 from advantage import advantage_loss, language_advantage
-from data import batch_loader, collate, load_data
+from data import batch_loader, load_data
 from evaluate import detect, score
 from head import detection_loss
 from model import ActionVLM, Config
 from support import checkpoint, commands, figures, flags, processes, summary
-from support.annotations import InputError
+from support.annotations import expect
 from support.language_models import language_config
 from support.weights import TINY_VISION, vision_config
 
@@ -69,7 +67,7 @@ def train(model, training_set, args, out=None, signals=None):
     state.save()
     while state.epoch < args.epochs:
         batches, resumed = state.batches(training_set), state.batches_done > 0
-        if state.epoch % 2 == 0 or model.language is None:
+        if state.epoch % 2 == 0 or state.model.language is None:
             vision_only_epoch(model, batches, state.backpropagate, resumed)
             processes.average(*model.class_means.buffers())
             state.end_epoch("vision-only")
@@ -81,15 +79,13 @@ def train(model, training_set, args, out=None, signals=None):
 
 class TrainingState:
     """All that a checkpoint holds: model, optimizer, weight average, place in the run, log sums."""
-
     def __init__(self, model, args, batches_per_epoch, out=None, signals=None):
-        self.model, self.args, self.out, self.signals = model, args, out, signals
+        self.model, self.args, self.signals = model, args, signals
+        self.out = None if processes.rank() else out        # the first process writes
         self.batches_per_epoch = batches_per_epoch
         self.optimizer = torch.optim.AdamW(parameter_groups(model, args), fused=True)
-        self.ema = {}                                       # {name: averaged parameter}
-        if args.ema:
-            parameters = checkpoint.trained_parameters(model)
-            self.ema = {name: p.detach().clone() for name, p in parameters}
+        parameters = checkpoint.trained_parameters(model)   # averaged in ema, unless --ema is 0
+        self.ema = {name: p.detach().clone() for name, p in parameters if args.ema}
         self.epoch, self.batches_done, self.step = 0, 0, 0  # batches_done: of this epoch
         self.sums = {}                                      # {term of the log: sum over batches}
 
@@ -105,9 +101,7 @@ class TrainingState:
 
     def backpropagate(self, total, batch, **terms):
         """Gradients of one batch; after --accumulate batches, or the last one, an optimizer step.
-
-        total: () the loss. terms: of the log, () or (B, L), of which real frames count.
-        """
+        total: () the loss. terms: of the log, () or (B, L), of which real frames count."""
         (total / self.args.accumulate).backward()
         processes.average(*self.model.running_means())                   # also M of Eq. 6
         values = {}
@@ -122,12 +116,11 @@ class TrainingState:
         if update:
             norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.args.clip)
             values["norm"] = norm.item()
-        if not all(math.isfinite(value) for value in values.values()):
-            found = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
-            raise InputError(f"step {self.step + 1}: expected a finite loss and gradient, found "
-                             f"{found} in videos {', '.join(batch.names)}; look at these videos, "
-                             f"or lower --lr, --lr-lm or --lr-vision; --resume goes on from the "
-                             f"last checkpoint")
+        found = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+        expect(all(map(math.isfinite, values.values())), f"step {self.step + 1}",
+               "a finite loss and gradient", f"{found} in videos {', '.join(batch.names)}",
+               "look at these videos, or lower --lr, --lr-lm or --lr-vision; --resume goes on "
+               "from the last checkpoint")
         if update:
             self.update()
 
@@ -157,20 +150,18 @@ class TrainingState:
         processes.average(means)
         terms = dict(zip(self.sums, means.tolist()))
         self.sums, self.batches_done, self.epoch = {}, 0, self.epoch + 1
-        if self.out is not None and processes.rank() == 0:
+        if self.out is not None:
             summary.log_epoch(self.out / "log.jsonl", self, kind, terms)
         self.save()
 
     def save(self):
-        if self.out is not None and processes.rank() == 0:
+        if self.out is not None:
             checkpoint.save_checkpoint(self.out / "checkpoint.safetensors", self)
 
 def parameter_groups(model, args):
     """AdamW groups: head, vision, lm (LoRA), each with its rate; decay on matrices of weights."""
-    decayed = set()
-    for module in model.modules():
-        if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv3d)):
-            decayed.add(module.weight)
+    layers = (nn.Linear, nn.Conv1d, nn.Conv3d)
+    decayed = {module.weight for module in model.modules() if isinstance(module, layers)}
     rates = {"head": args.lr, "vision": args.lr_vision, "lm": args.lr_lm}
     groups = {}
     for name, parameter in checkpoint.trained_parameters(model):
@@ -201,9 +192,7 @@ def epoch_loader(model, training_set, epoch, args, first=0):
     batches = list(BatchSampler(sampler, args.batch_size, drop_last=False))
     return batch_loader(training_set, model.multiple, args.workers, batch_sampler=batches[first:])
 
-def get_args(argv=None):
-    """The flags; the preset of --dataset gives their defaults, and the command line wins."""
-    return flags.train_args(__doc__, argv)
+get_args = partial(flags.train_args, __doc__)
 
 def main(argv=None):
     """Returns the exit code: 0, 2 for a mistake in flags or files, 130 or 143 after a signal."""
@@ -215,13 +204,13 @@ def run(args):
     processes.join(args)
     torch.manual_seed(args.seed)
     with processes.first_one_first():                  # it writes files that others read
-        checkpoint.open_folder(out, args)
+        if processes.rank() == 0:
+            checkpoint.open_folder(out, args)
         training_set, test_set, descriptions = load_data(args)
         model = build_model(args, build_config(args, training_set, descriptions))
     if not args.resume:
         some = range(0, len(training_set), max(1, len(training_set) // 16))   # 16 videos or more
-        windows = ([training_set[i]] for i in some)
-        batches = (collate(w, model.multiple, model.config.classes) for w in windows)
+        batches = batch_loader(training_set, model.multiple, 0, sampler=some)
         model.calibrate(batch.to(args.device) for batch in batches)
     summary.describe(model, parameter_groups(model, args), training_set, test_set)
     if args.dry_run:

@@ -1,50 +1,38 @@
 """experiments/ablations.py - the rows of Tables 2, 4 and 9, each a change to a finished model.
-
 `train.py --ablation` takes a name of ABLATIONS, below; `--lambda-lang` a weight, or "generated".
-`--lambda-lang 0`, vision only, needs no change: there is no language model then.
-"""
+`--lambda-lang 0`, vision only, needs no change: there is no language model then."""
 import torch
-from torch import nn
 
 def ablate(model, args) -> None:
     """Change a model, and the weights of Eq. 9 in the flags of its training."""
-    if args.ablation is None:
-        change = {"generated": generated_weight}.get(args.lambda_lang, fixed_weight)
-    else:
-        change = ABLATIONS[args.ablation]
-    change(model, args)
+    change = generated_weight if args.lambda_lang == "generated" else fixed_weight
+    ABLATIONS.get(args.ablation, change)(model, args)
 
 def only_language(model, args) -> None:
     """Table 2: F_cls and F_loc are the language features, without F_vis."""
     model.aggregate = lambda f_vis, f_lang, weight: f_lang
-    fixed_weight(model, args, 1.0)
+    model.language_weight = torch.ones_like
+    args.lambda_adv = 0.0
 
-def fixed_weight(model, args, weight: float | None = None) -> None:
+def fixed_weight(model, args) -> None:
     """Table 4: one weight for all frames, that of --lambda-lang; no advantage is learnt."""
-    weight = args.lambda_lang if weight is None else weight
-    model.language_weight = lambda advantage: torch.full_like(advantage, weight)
+    model.language_weight = lambda advantage: torch.full_like(advantage, args.lambda_lang)
     args.lambda_adv = 0.0
 
 def generated_weight(model, args) -> None:
-    """Table 4: the weight is the probability of "yes" against "no" after [adv]."""
-    model.predict_advantage = YesOrNo(model.language)
+    """Table 4: the weight is the probability of "yes" against "no" after [adv]: the sigmoid of how
+    much more the output layer says "yes". Its two rows take the place of FC; nothing is learnt."""
+    language, fc = model.language, model.predict_advantage.fc
+    ids = [language.tokenize(f" {word}")[-1] for word in ("yes", "no")]
+    yes, no = language.lm.get_output_embeddings().weight[ids].detach().float()      # (D,) each
+    fc.bias = None
+    del fc.weight
+    fc.register_buffer("weight", (yes - no)[None], persistent=False)
     # The output layer reads raw hidden states. torch keeps a module's name for modules: hence del.
     del model.standardise_adv
     model.standardise_adv = lambda f_adv, mask: f_adv
     model.language_weight = torch.sigmoid
     args.lambda_adv = 0.0
-
-class YesOrNo(nn.Module):
-    """f_adv (B, L, D) -> (B, L): how much more the output layer says "yes" than "no"."""
-
-    def __init__(self, language):
-        super().__init__()
-        ids = [language.tokenize(f" {word}")[-1] for word in ("yes", "no")]
-        yes, no = language.lm.get_output_embeddings().weight[ids].detach().float()
-        self.register_buffer("direction", yes - no, persistent=False)
-
-    def forward(self, f_adv):
-        return f_adv @ self.direction
 
 def labels_only(model, args) -> None:
     """Table 9 (a): the prompt has the names of the actions without their descriptions."""

@@ -1,17 +1,13 @@
 """experiments/benchmark.py - what language costs: time, memory and operations (Table 6).
-
     python -m experiments.benchmark efficiency            # Table 6: ActionVLM-S-3B
     python -m experiments.benchmark full-size             # the paper's four models
-
 The models have random weights. A time is the median of five runs after one that warms up; of one
-run with `--size full` on a CPU, which takes 20 GB and an hour.
-"""
-import argparse
+run with `--size full` on a CPU, which takes 20 GB and an hour."""
 import re
 import sys
-import time
+import timeit
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from copy import deepcopy
-from functools import partial
 from pathlib import Path
 from statistics import median
 from unittest.mock import patch
@@ -22,30 +18,31 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_backwa
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
 
 import train
-import vlm
 from data import Window, collate
 from model import ActionVLM, Config
 from support import language_models
 from support.annotations import Video, read_json
-from support.flags import device, integer
+from support.flags import DEVICES, integer
 from support.summary import peak_memory
 
 VISION = {"S": (384, 12, 1536, 6), "B": (768, 12, 3072, 12)}    # width, layers, MLP width, heads
 QWEN = {"1.5B": (1536, 28, 8960, 12), "3B": (2048, 36, 11008, 16)}
+# Divisor of widths and lengths, most layers, side of the frames, LoRA rank, dtype.
+SIZES = {"full": (1, 99, 160, 128, "bfloat16"), "reduced": (8, 2, 32, 8, "float32")}
 MODELS = {"efficiency": ["S-3B"], "full-size": ["S-1.5B", "S-3B", "B-1.5B", "B-3B"]}
-COLUMNS = ("model | K | training step | ratio | memory | TFLOPs | "
-           "inference | ratio | memory | TFLOPs")
+HEADING = """
+| model | K | training step | ratio | memory | TFLOPs | inference | ratio | memory | TFLOPs |
+|:--|--:|--:|--:|--:|--:|--:|--:|--:|--:|"""
 ALONE, FULL, KEPT = "vision only", "full, frames-first", "full, text-first, kept prompt"
 LAYOUTS = {ALONE: None, FULL: "frames-first", "full, text-first": "text-first", KEPT: "text-first"}
 
 def main(argv=None):
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    flag, gpu = parser.add_argument, torch.cuda.is_available()
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    flag = parser.add_argument
     flag("what", choices=MODELS, help="which models")
     flag("--only", choices=MODELS["full-size"], help="this model")
-    flag("--device", type=device, default="cuda" if gpu else "cpu", help="of the models")
-    flag("--size", choices=["full", "reduced"], help="of the models (default: full on a GPU)")
+    flag("--device", choices=DEVICES, default=DEVICES[0], help="of the models")
+    flag("--size", choices=SIZES, help="of the models (default: full on a GPU)")
     flag("--compile", action="store_true", help="compile the models' layers")
     flag("--inference", action="store_true", help="no training steps")
     flag("--language-stride", type=integer(1), nargs="+", default=[1], help="K, a row for each (1)")
@@ -55,11 +52,12 @@ def main(argv=None):
     info = Path("/proc/cpuinfo")
     names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
     if args.device != "cpu":
-        names = [torch.cuda.get_device_name()]
-        total = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, 24 * 2**30 / total))   # of a 24 GB GPU
+        gpu = torch.cuda.get_device_properties(args.device)
+        names = [gpu.name]
+        share = min(1.0, 24 * 2**30 / gpu.total_memory)              # of a GPU of 24 GB
+        torch.cuda.set_per_process_memory_fraction(share)
     print(*names[:1], f"{torch.get_num_threads()} threads", f"torch {torch.__version__}", sep=", ")
-    print(f"\n| {COLUMNS} |\n|:--{'|--:' * COLUMNS.count(' | ')}|")
+    print(HEADING)
     for name in [args.only] if args.only else MODELS[args.what]:
         for cells in cost_of_language(name, args):
             print(f"| {' | '.join(cells)} |", flush=True)
@@ -88,23 +86,21 @@ def random_model(vision, qwen, way, args):
     """TrainingState of a model with random weights, and a batch of one window of random frames.
     vision, qwen, way: keys of VISION, QWEN and LAYOUTS."""
     torch.manual_seed(0)
-    shrink, depth, side, rank, dtype = 8, 2, 32, 8, "float32"
-    if args.size == "full":
-        shrink, depth, side, rank, dtype = 1, 99, 160, 128, "bfloat16"
-
+    shrink, depth, side, rank, dtype = SIZES[args.size]
     def sizes(width, layers, mlp, heads):
         return dict(hidden_size=width // shrink, num_hidden_layers=min(layers, depth),
                     intermediate_size=mlp // shrink, num_attention_heads=heads)
-
     descriptions = read_json(Path(__file__).parents[1] / "descriptions/thumos14.json")
     encoder = dict(sizes(*VISION[vision]), image_size=side, pretrained_image_size=224)
     language = Qwen2Config(vocab_size=151936 // shrink, num_key_value_heads=2,
                            tie_word_embeddings=True, **sizes(*QWEN[qwen]))
     config = Config(descriptions, lm="" if way == ALONE else qwen, dim=language.hidden_size,
                     vision=encoder, dtype=dtype, lora_rank=rank, width=512 // shrink, head_window=0)
-    tokenizer = AutoTokenizer.from_pretrained(language_models.TINY_LM)
-    make = partial(AutoModelForCausalLM.from_config, language, dtype=getattr(torch, dtype))
-    with patch.object(language_models, "load_language_model", lambda *_: (make(), tokenizer)):
+    def load(*_):
+        """In place of support.language_models.load_language_model: random weights."""
+        tokenizer = AutoTokenizer.from_pretrained(language_models.TINY_LM)
+        return AutoModelForCausalLM.from_config(language, dtype=getattr(torch, dtype)), tokenizer
+    with patch.object(language_models, "load_language_model", load):
         model = ActionVLM(config).to(args.device)
     flags = ["--dataset=thumos14", "--videos=-", "--annotations=-", f"--device={args.device}"]
     state = train.TrainingState(model, train.get_args(flags), batches_per_epoch=1000)
@@ -126,7 +122,6 @@ def measure(state, batch, way, training, args):
             return model(batch, use_language=way != ALONE)
         epoch = train.vision_only_epoch if way == ALONE else train.vision_language_epoch
         epoch(model, [batch], backpropagate)
-
     model = state.model.train(training)
     if way != ALONE:
         model.language.layout = LAYOUTS[way]
@@ -136,7 +131,7 @@ def measure(state, batch, way, training, args):
         torch.cuda.reset_peak_memory_stats()
     elif Path("/proc/self/clear_refs").exists():
         Path("/proc/self/clear_refs").write_text("5")                # the peak starts anew
-    seconds = median_time(partial(run, model, batch, state.backpropagate), args)
+    seconds = median_time(lambda: run(state.model, batch, state.backpropagate), args)
     memory = f"{peak_memory(args.device):.2f} GiB"
     aten, fake = torch.ops.aten, FakeTensorMode()
     flop_registry[aten._scaled_dot_product_flash_attention_for_cpu] = sdpa_flop
@@ -150,14 +145,11 @@ def measure(state, batch, way, training, args):
 
 def median_time(call, args):
     """Median seconds of a call, after one that warms up."""
-    seconds = []
-    for _ in range(1 + args.repeats):
-        started = time.perf_counter()
+    def finish():
         call()
         if args.device != "cpu":
             torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - started)
-    return median(seconds[1:])
+    return median(timeit.repeat(finish, repeat=1 + args.repeats, number=1)[1:])
 
 def duration(seconds):
     return f"{seconds:.2f} s" if seconds >= 1 else f"{1000 * seconds:.0f} ms"

@@ -1,6 +1,6 @@
 """experiments/extract.py - features of videos by a vision encoder, to train without it.
 
-    python -m experiments.extract --videos DIR --vision FILE --out DIR     # then train.py --features
+    python -m experiments.extract --videos DIR --vision FILE --out DIR
 
 Every video gives NAME.npy (T, V): row l is what the encoder gives end to end for step l. Beside
 them, manifest.json holds the settings and the fps of every video; train.py reads it.

@@ -1,7 +1,5 @@
 """experiments/figures.py - Figure 4: what several models find in one video.
-
-    python -m experiments.figures --video NAME --checkpoint FULL VISION_ONLY --qa
-"""
+    python -m experiments.figures --video NAME --checkpoint FULL VISION_ONLY --qa"""
 import sys
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from pathlib import Path
@@ -9,7 +7,7 @@ from pathlib import Path
 from data import load_data, make_dataset
 from evaluate import Detections, detect, open_checkpoint
 from experiments.question_answering import answer
-from support.annotations import InputError, first_ten
+from support.annotations import expect, first_ten
 from support.commands import checkpoint_flags, run_command
 from support.figures import one_video
 from support.flags import real
@@ -38,8 +36,7 @@ def compare(args) -> None:
         if args.qa and model.language is not None:
             predictions, _ = answer(model, dataset, train_args)
             answers = {"question answering": Detections(predictions, {}, {})}
-    if args.qa and not answers:
-        raise InputError("--qa: expected a checkpoint with language, found none; it writes answers")
+    expect(answers or not args.qa, "--qa", "a checkpoint with language", "none", "give one")
     video = dataset.videos[0]
     picture = out / f"figure4-{video.name}.png"
     one_video(picture, video, {**answers, **found}, model.config.descriptions, args.min_score)
@@ -48,14 +45,13 @@ def compare(args) -> None:
 def dataset_of(video: str, config, train_args):
     """A TALDataset of one video: a file, or one of the test set with its truth."""
     if Path(video).is_file():
-        one = single_video(Path(video), config.feature_dim, train_args, train_args.fps)
-        return make_dataset([one], config.classes, train_args, config.feature_dim)
-    test = load_data(train_args, config.feature_dim)[1]
-    named = [one for one in test.videos if one.name == video]
-    if not named:
-        raise InputError(f"--video {video}: expected a file, or a video of the test set, found "
-                         f"neither; there are {first_ten([one.name for one in test.videos])}")
-    return make_dataset(named, config.classes, train_args, config.feature_dim)
+        videos = [single_video(Path(video), config.feature_dim, train_args, train_args.fps)]
+    else:
+        test = load_data(train_args, config.feature_dim)[1].videos
+        videos = [one for one in test if one.name == video]
+        expect(videos, f"--video {video}", "a file, or a video of the test set", "neither",
+               f"there are {first_ten([one.name for one in test])}")
+    return make_dataset(videos, config.classes, train_args, config.feature_dim)
 
 if __name__ == "__main__":
     sys.exit(main())

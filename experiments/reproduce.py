@@ -1,10 +1,7 @@
 """experiments/reproduce.py - the paper's ablations (Tables 2, 3, 4, 5, 9) as one report.
-
     python -m experiments.reproduce --out out-tables                      # the demo, seeds 0 1 2
     python -m experiments.reproduce --out out-tables --only 2 4 --seeds 0 -- --dataset custom ...
-
-A run whose figures are there is not repeated, and one that was stopped goes on.
-"""
+A run whose figures are there is not repeated, and one that was stopped goes on."""
 import json
 import os
 import subprocess
@@ -17,7 +14,8 @@ from pathlib import Path
 from statistics import mean, stdev
 
 from experiments.bias import LEVELS, read_reference
-from support.annotations import InputError, is_number, read_json
+from support.annotations import InputError, expect, is_number, read_json
+from support.checkpoint import written_whole
 from support.commands import run_command
 from support.demo import make_demo
 from support.flags import integer
@@ -61,9 +59,9 @@ def reproduce(args) -> None:
     """Do the runs that are not there yet, then print the report and write report.md."""
     args.out.mkdir(parents=True, exist_ok=True)
     file, ours = args.out / "settings.json", dict(epochs=args.epochs, train_flags=args.train_flags)
-    if file.exists() and read_json(file) != ours:
-        raise InputError(f"--out {args.out}: expected a folder of runs with {ours}, found "
-                         f"{read_json(file)}; give the same flags or another folder")
+    theirs = read_json(file) if file.exists() else ours
+    expect(theirs == ours, f"--out {args.out}", f"a folder of runs with {ours}", f"{theirs}",
+           "give the same flags or another folder")
     file.write_text(json.dumps(ours))
     if args.epochs is not None:
         args.train_flags += ["--epochs", str(args.epochs)]
@@ -97,13 +95,12 @@ def run(args, files: dict, name: str, seed: int) -> None:
             command(args, folder, "train.py", *flags)
         program, *flags = COMMANDS[file].split()
         if file == "groups.json":                             # a third is easy, a third is hard
-            reference = args.out / f"vision-only-seed{seed}" / "figures.json"
-            AP = sorted(read_reference([str(reference)]).values())
+            reference = args.out / f"vision-only-seed{seed}/figures.json"
+            AP = sorted(read_reference([reference]).values())
             third = len(AP) // 3
             flags += [reference, "--hard", AP[third], "--easy", AP[-max(1, third)]]
-        unfinished = folder / f"{file}.partial"               # never half a file
-        command(args, folder, program, "--checkpoint", folder, *flags, "--json", unfinished)
-        os.replace(unfinished, folder / file)
+        with written_whole(folder / file) as beside:
+            command(args, folder, program, "--checkpoint", folder, *flags, "--json", beside)
 
 def command(args, folder: Path, program: str, *flags) -> None:
     """Run a file or module of the project; it prints to commands.log. InputError if it fails."""
@@ -144,11 +141,12 @@ def report(args) -> str:
 
 def cell(args, name: str, file: str, keys: list, paper: str) -> str:
     """One cell: "94.1 ± 0.8 (72.0)"; "-" without figures."""
-    values, scale, digits = [], *((1, 3) if "mLA" in keys else (100, 1))
+    scale, digits = (1, 3) if "mLA" in keys else (100, 1)
+    values = []
     for seed in args.seeds:
         value = read_json(args.out / f"{name}-seed{seed}" / file)
         if keys == ["hard"]:                                  # a third is hard
-            AP = read_reference([str(args.out / f"vision-only-seed{seed}" / "figures.json")])
+            AP = read_reference([args.out / f"vision-only-seed{seed}/figures.json"])
             hard = sorted(AP, key=AP.get)[:max(1, len(AP) // 3)]
             value["hard"] = mean(mean(value["AP"][name]) for name in hard)
         for key in keys:

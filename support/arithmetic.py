@@ -1,7 +1,4 @@
-"""support/arithmetic.py - operations of the detection head: padding left out, few copies.
-
-A mask (B, L) is True on real steps and False on padding.
-"""
+"""support/arithmetic.py - operations of the detection head. A mask (B, L) is False on padding."""
 import math
 
 import torch
@@ -48,8 +45,6 @@ def channels_last_conv(x, layer):
 def mean_of_groups(f, mask, size: int):
     """Means over the real frames of each group of `size`: f (B, L, D), mask (B, L) bool ->
     (B, n, D), and which groups hold a real frame (B, n); n = L / size, rounded up."""
-    if size == 1:
-        return f, mask
     missing = -f.size(1) % size
     real = F.pad(mask, (0, missing)).unflatten(1, (-1, size))              # (B, n, size)
     total = F.pad(f * mask[..., None], (0, 0, 0, missing)).unflatten(1, (-1, size)).sum(2)

@@ -6,7 +6,6 @@ import signal
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,7 +24,7 @@ def save_checkpoint(path: Path, state) -> None:
         for key, value in state.optimizer.state.get(parameter, {}).items():
             tensors[f"optimizer.{key}.{name}"] = value
     tensors["random.cpu"] = torch.get_rng_state()
-    if torch.device(state.args.device).type == "cuda":
+    if state.args.device != "cpu":
         tensors["random.cuda"] = torch.cuda.get_rng_state()
     windows = state.batches_done * state.args.batch_size * world_size()
     rates = [group["lr"] for group in state.optimizer.param_groups]
@@ -59,7 +58,7 @@ def resume(path: Path, state) -> None:
     for group, rate in zip(state.optimizer.param_groups, saved.progress["lr"]):
         group["lr"] = rate
     torch.set_rng_state(saved.tensors["random.cpu"])
-    if "random.cuda" in saved.tensors and torch.device(args.device).type == "cuda":
+    if "random.cuda" in saved.tensors and args.device != "cpu":
         torch.cuda.set_rng_state(saved.tensors["random.cuda"])
     if rank() == 0:                                # later epochs are trained and logged again
         log = path.with_name("log.jsonl")
@@ -77,12 +76,11 @@ def read_checkpoint(path, lm: str | None = None) -> argparse.Namespace:
         if config["lm"]:
             beside = Path(path).with_name(Path(config["lm"]).name)
             config["lm"] = lm or str(beside if beside.exists() else config["lm"])
-        args = argparse.Namespace(**args)
+        return argparse.Namespace(config=config, args=argparse.Namespace(**args),
+                                  progress=progress, tensors=tensors)
     except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
         found = f"no field {error} in its header" if isinstance(error, KeyError) else f"{error}"
-        raise InputError(f"{path}: expected a checkpoint that train.py wrote, found {found}; "
-                         f"give another") from error
-    return argparse.Namespace(config=config, args=args, progress=progress, tensors=tensors)
+        expect(False, path, "a checkpoint that train.py wrote", found, "give another")
 
 def averaged(saved) -> dict:
     """The tensors of a checkpoint's model, with averaged weights where there are any."""
@@ -112,8 +110,6 @@ def part(tensors: dict, prefix: str) -> dict:
 
 def open_folder(out: Path, args) -> None:
     """Make --out ready: a new run needs a folder without another run's files, or --overwrite."""
-    if rank():                      # the first process has done it
-        return
     found = [name for name in FILES if (out / name).exists()]
     expect(not args.resume or FILES[0] in found, f"--resume: --out {out}", FILES[0], "none",
            "start without --resume, or name another folder")
@@ -125,8 +121,7 @@ def open_folder(out: Path, args) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"--out {out}: expected a folder to write to, found: {error.strerror}; "
-                         f"name another one") from error
+        expect(False, f"--out {out}", "a folder to write to", error.strerror, "name another one")
 
 def read_log(path: Path) -> list:
     """The rows of log.jsonl."""
@@ -156,23 +151,19 @@ def written_whole(path):
 
 class Stopped(BaseException):
     """SIGINT or SIGTERM ended the training; `code` is the exit code."""
-
     def __init__(self, number: int):
         super().__init__(f"stopped by {signal.Signals(number).name}; --resume goes on from here")
         self.code = 128 + number
 
 @contextmanager
 def stop_signals():
-    """Yields an object whose `received` becomes the number of the first SIGINT or SIGTERM, for a
-    step to end first; the second ends the process. Among several processes, which wait for each
-    other, both do. Raises Stopped at the end."""
-    signals, before = SimpleNamespace(received=0), {}
-
+    """Yields an object whose `received` becomes the first SIGINT or SIGTERM, for a step to end
+    first. A second one, or any among several processes, ends it at once. Raises Stopped."""
+    signals, before = argparse.Namespace(received=0), {}
     def receive(number: int, _) -> None:
         signals.received = number
         for each in before:
             signal.signal(each, signal.SIG_DFL)
-
     for number in (signal.SIGINT, signal.SIGTERM):
         if world_size() == 1 and signal.getsignal(number) != signal.SIG_IGN:
             before[number] = signal.signal(number, receive)

@@ -1,18 +1,17 @@
 """support/commands.py - the flags of commands that open a trained model, and how a command ends."""
-import argparse
 import sys
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 
 import torch
 from safetensors import SafetensorError
 
 from support.annotations import InputError
 from support.checkpoint import Stopped
-from support.flags import ABOVE_0, device, real
+from support.flags import ABOVE_0, DEVICES, real
 
-def evaluate_args(description: str, argv=None) -> argparse.Namespace:
+def evaluate_args(description: str, argv=None) -> Namespace:
     """evaluate.py's flags."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=description, formatter_class=RawDescriptionHelpFormatter)
     flag = parser.add_argument
     checkpoint_flags(flag)
     flag("--video", metavar="FILE", help="find the actions in this video or .npy file instead")
@@ -33,7 +32,7 @@ def checkpoint_flags(flag, **options):
     flag("--checkpoint", metavar="DIR", help="folder that train.py wrote", **options)
     flag("--lm", metavar="DIR", help="where the language model of the training is now, if moved")
     flag("--out", metavar="DIR", help="folder for results and pictures (default: the checkpoint's)")
-    flag("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu")
+    flag("--device", choices=DEVICES, default=DEVICES[0])
     flag("--tiou", type=real(ABOVE_0, 1), nargs="+", help="default: of training, else .3 to .7")
     flag("--json", metavar="FILE", help="write the figures to FILE, as fractions with all digits")
 

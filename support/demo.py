@@ -1,15 +1,12 @@
 """support/demo.py - the demo data set: real mp4 files of a stick figure, drawn at random.
-
 SitDown and StandUp show the same poses in opposite order, and so do Throw and Catch: one frame
-cannot tell them apart. Wave and JumpingJack show in a single frame. No part of the method.
-"""
+cannot tell them apart. Wave and JumpingJack show in a single frame. No part of the method."""
 import json
 from pathlib import Path
 
 import numpy as np
 
-FILE = Path(__file__).parents[1] / "descriptions" / "demo.json"
-DEMO_DESCRIPTIONS = json.loads(FILE.read_text())         # {label: sentence}
+DEMO_DESCRIPTIONS = json.loads((Path(__file__).parents[1] / "descriptions/demo.json").read_text())
 BACKWARDS = {"StandUp": "SitDown", "Catch": "Throw"}
 FPS, SIZE = 10, 64                                       # frames a second, pixels
 
@@ -58,24 +55,23 @@ def demo_action(label: str, u: np.ndarray) -> np.ndarray:
     right hand, and 1 where the ball is visible."""
     if label in BACKWARDS:
         return demo_action(BACKWARDS[label], 1 - u)
-    bend, left, right, spread, ball_x, ball_y, visible = 0, 0.3, 0.3, 0.15, 0, 0, 0
+    states = np.tile([0, 0.3, 0.3, 0.15, 0, 0, 0], (len(u), 1))
+    bend, left, right, spread, ball_x, ball_y, visible = states.T            # views: to be set
     if label == "SitDown":
-        bend = u * u * (3 - 2 * u)
-        right = 0.3 + 0.6 * bend
+        bend[:] = u * u * (3 - 2 * u)
+        right += 0.6 * bend
     elif label == "Throw":                       # the arm swings until u = .5, then the ball flies
-        right = 0.4 + 1.8 * np.clip(u / 0.5, 0, 1)
-        ball_x = np.clip((u - 0.5) / 0.5, 0, 1)
-        ball_y = 0.3 * np.sin(np.pi * ball_x)
-        visible = 1
+        right[:] = 0.4 + 1.8 * np.clip(u / 0.5, 0, 1)
+        ball_x[:] = np.clip((u - 0.5) / 0.5, 0, 1)
+        ball_y[:] = 0.3 * np.sin(np.pi * ball_x)
+        visible[:] = 1
     elif label == "Wave":
         raised = np.clip(np.minimum(u, 1 - u) * 6, 0, 1)
-        right = 0.3 + raised * (2.7 + 0.4 * np.sin(u * 6 * np.pi))
+        right += raised * (2.7 + 0.4 * np.sin(u * 6 * np.pi))
     else:                                        # JumpingJack
         wide = np.abs(np.sin(u * 3 * np.pi))
-        left = right = 0.3 + 2 * wide
-        spread = 0.15 + 0.5 * wide
-    state = (bend, left, right, spread, ball_x, ball_y, visible)
-    return np.stack([number + 0 * u for number in state], 1)
+        states += wide[:, None] * [0, 2, 2, 0.5, 0, 0, 0]
+    return states
 
 def render(states: np.ndarray, rng) -> np.ndarray:
     """Draw the figure at random place, scale and colours -> frames (T, SIZE, SIZE, 3) uint8.
@@ -88,15 +84,13 @@ def render(states: np.ndarray, rng) -> np.ndarray:
     hip = x + 1j * (ground - unit * (1.15 - 0.75 * bend))
     neck = hip - 1j * unit
     head = neck - 0.42j * unit
-    left_hand = neck + 0.95 * unit * (1j * np.cos(left) - side * np.sin(left))
-    right_hand = neck + 0.95 * unit * (1j * np.cos(right) + side * np.sin(right))
-    ball = right_hand + (side * 1.6 * ball_x - 1j * ball_y) * unit
-    strokes = [(neck, hip, 0.16), (neck, left_hand, 0.1), (neck, right_hand, 0.1),
-               (head, head, 0.3)]                                     # from, to, thickness
-    for sign in (-1, 1):
+    strokes = [(neck, hip, 0.16), (head, head, 0.3)]                  # from, to, thickness
+    for sign, arm in ((-1, left), (1, right)):
+        hand = neck + 0.95 * unit * (1j * np.cos(arm) + sign * side * np.sin(arm))
         foot = x + sign * unit * np.sin(spread) + 1j * ground
         knee = (hip + foot) / 2 + side * 0.45 * unit * bend
-        strokes += [(hip, knee, 0.12), (knee, foot, 0.12)]
+        strokes += [(neck, hand, 0.1), (hip, knee, 0.12), (knee, foot, 0.12)]
+    ball = hand + (side * 1.6 * ball_x - 1j * ball_y) * unit          # hand: the right one
     room, skin, paint = [rng.uniform(dark, light) + rng.uniform(-20, 20, 3)
                          for dark, light in ((30, 70), (180, 230), (180, 230))]
     ramp = np.linspace(-1, 1, SIZE)[:, None]
@@ -130,7 +124,6 @@ def write_video(path, frames: np.ndarray, fps: int) -> None:
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
         for image in frames:
-            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
-            frame = frame.reformat(format="yuv420p", threads=1)
+            frame = av.VideoFrame.from_ndarray(image).reformat(format="yuv420p", threads=1)
             container.mux(stream.encode(frame))
         container.mux(stream.encode())

@@ -1,5 +1,5 @@
 """support/flags.py - train.py's flags, their types, and checks between them."""
-import argparse
+from argparse import ArgumentParser, ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
 
 import torch
 
@@ -9,24 +9,45 @@ from support.weights import TINY_VISION
 TIOU = [0.3, 0.4, 0.5, 0.6, 0.7]
 ABLATIONS = ("only-language", "labels-only", "shuffled-descriptions", "vision-tokens",
              "shared-token", "without-tg", "without-adv")
-HEADS = 4                       # attention heads of the detection head
 ABOVE_0, BELOW_1 = 1e-9, 0.999999
+GPUS = torch.cuda.device_count()
+DEVICES = ["cuda", *(f"cuda:{number}" for number in range(GPUS)), "cpu"] if GPUS else ["cpu"]
 
-def train_args(description: str, argv=None) -> argparse.Namespace:
+def train_args(description: str, argv=None) -> Namespace:
     """train.py's flags. The preset of --dataset gives defaults, and the command line wins."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    data_flags(parser.add_argument_group("data").add_argument)
-    model_flags(parser.add_argument_group("model").add_argument)
-    training_flags(parser.add_argument_group("training").add_argument)
-    run_flags(parser.add_argument_group("run").add_argument)
+    parser = ArgumentParser(description=description, formatter_class=RawDescriptionHelpFormatter)
+    data_and_model_flags(parser.add_argument_group)
+    training_and_run_flags(parser.add_argument_group)
     known = parser.parse_known_args(argv)[0]
     parser.set_defaults(**get_preset(known.dataset, bool(known.features)))
     args = parser.parse_args(argv)
-    check_train_args(parser, args)
+    if args.features and args.dataset == "demo":
+        parser.error("--features: the demo reads videos; say --dataset custom")
+    if bool(args.videos) == bool(args.features):
+        parser.error("expected either --videos DIR (end to end) or --features DIR")
+    if args.features and args.vision != "tiny":
+        parser.error("--vision: with --features there is no vision encoder; leave one of them out")
+    if not (args.annotations and args.descriptions):
+        parser.error("expected both --annotations FILE and --descriptions FILE")
+    if args.ablation and args.lambda_lang != "learned":
+        parser.error("--ablation and --lambda-lang change one thing each: leave out one of them")
+    if args.resume and args.overwrite:
+        parser.error("--resume goes on with a run and --overwrite starts over: leave out one")
+    steps, top = args.resize_to or args.window, 2 ** (args.levels - 1)
+    if steps < top:
+        parser.error(f"--levels {args.levels}: expected windows of at least {top} steps, found "
+                     f"{steps}; lower --levels, or raise --window or --resize-to")
+    if args.ranges and len(args.ranges) != args.levels:
+        parser.error(f"--levels: expected {len(args.ranges)} as the preset, found {args.levels}")
+    if args.width % 4:
+        parser.error(f"--width: expected a multiple of 4, the heads, found {args.width}")
+    patch = TINY_VISION["patch_size"]
+    if args.videos and args.vision == "tiny" and args.image_size % patch:
+        parser.error(f"--image-size: expected a multiple of {patch}, found {args.image_size}")
     return args
 
-def data_flags(flag):
+def data_and_model_flags(group) -> None:
+    flag = group("data").add_argument
     flag("--dataset", choices=sorted(PRESETS), default="demo", help="preset: support/presets.json")
     flag("--videos", help="folder of video files named as in the annotations: end to end")
     flag("--features", help="folder of NAME.npy (T, V), instead of --videos")
@@ -44,12 +65,10 @@ def data_flags(flag):
     flag("--min-overlap", type=real(0, 1), default=0.5, help="share of a segment inside a window")
     flag("--image-size", type=integer(1), default=160, help="side of the crop, pixels")
     flag("--workers", type=integer(0, 1024), default=0, help="processes that read (0 = this one)")
-
-def model_flags(flag):
-    gpu = torch.cuda.is_available()
+    flag = group("model").add_argument
     flag("--vision", default="tiny", help="file or folder: VideoMAE, InternViT, InternVideo2")
     flag("--lm", default="tiny", help="folder or name of a causal language model or InternVL3")
-    flag("--dtype", choices=["float32", "bfloat16"], default="bfloat16" if gpu else "float32",
+    flag("--dtype", choices=["float32", "bfloat16"], default="bfloat16" if GPUS else "float32",
          help="of frozen weights and of encoder's and language model's arithmetic")
     flag("--lora-rank", type=integer(1), default=128, help="rank of the LoRA matrices")
     flag("--lora-alpha", type=real(), default=256, help="LoRA scale times rank")
@@ -64,7 +83,8 @@ def model_flags(flag):
     flag("--head-window", type=integer(), default=19, help="attention window in steps (0 = global)")
     flag("--prior", type=real(ABOVE_0, BELOW_1), default=0.01, help="probability classes start at")
 
-def training_flags(flag):
+def training_and_run_flags(group) -> None:
+    flag = group("training").add_argument
     flag("--epochs", type=integer(), default=120, help="of both kinds in turn (0 = only evaluate)")
     flag("--warmup-epochs", type=real(), default=5, help="epochs of linear warm-up")
     flag("--batch-size", type=integer(1), default=1, help="windows at a time, in every process")
@@ -78,9 +98,7 @@ def training_flags(flag):
     flag("--lambda-loc", type=real(), default=1.0, help="weight of the DIoU loss (Eq. 6)")
     flag("--lambda-tg", type=real(), default=0.1, help="weight of L_tg (Eq. 9)")
     flag("--lambda-adv", type=real(), default=0.1, help="weight of L_adv (Eq. 9)")
-
-def run_flags(flag):
-    gpu = torch.cuda.is_available()
+    flag = group("run").add_argument
     flag("--out", default="out", help="folder for everything the run writes")
     flag("--resume", action="store_true", help="go on from OUT/checkpoint.safetensors")
     flag("--overwrite", action="store_true", help="start over in a folder that holds a run")
@@ -91,8 +109,8 @@ def run_flags(flag):
     flag("--max-per-video", type=integer(), default=200, help="most detections (0 = no limit)")
     flag("--external-scores", help="JSON of video-level class scores for a class-agnostic head")
     flag("--seed", type=integer(), default=0, help="seed of weights, order and augmentation")
-    flag("--device", type=device, default="cuda" if gpu else "cpu", help="cuda or cpu")
-    flag("--grad-checkpoint", choices=["on", "off"], default="on" if gpu else "off",
+    flag("--device", choices=DEVICES, default=DEVICES[0], help="GPU or CPU")
+    flag("--grad-checkpoint", choices=["on", "off"], default="on" if GPUS else "off",
          help="compute activations of encoder and language model again: less memory, more time")
     flag("--compile", action="store_true", help="compile their layers; needs a C compiler")
     flag("--dry-run", action="store_true", help="load everything, say what was found, run 2 steps")
@@ -105,7 +123,7 @@ def integer(low: int = 0, high: int = 10 ** 9, kind=int, what="a whole number"):
                 return kind(text)
         except ValueError:
             pass
-        raise argparse.ArgumentTypeError(f"expected {what} from {low:g} to {high:g}, found {text}")
+        raise ArgumentTypeError(f"expected {what} from {low:g} to {high:g}, found {text}")
     return parse
 
 def real(low: float = 0, high: float = 1e9, what="a number"):
@@ -117,39 +135,3 @@ def lambda_lang(text: str):
     if text in ("learned", "generated"):
         return text
     return real(0, 1, "'learned', 'generated' or a number")(text)
-
-def device(text: str) -> str:
-    """argparse type of --device: one that is there."""
-    there = ["cpu"]
-    if torch.cuda.is_available():
-        there += ["cuda", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))]
-    if text not in there:
-        raise argparse.ArgumentTypeError(f"expected one of {', '.join(there)}, found {text}")
-    return text
-
-def check_train_args(parser, args) -> None:
-    """parser.error for train.py's flags that contradict or lack one another."""
-    if args.features and args.dataset == "demo":
-        parser.error("--features: the demo reads videos; say --dataset custom")
-    if bool(args.videos) == bool(args.features):
-        parser.error("expected either --videos DIR (end to end) or --features DIR")
-    if args.features and args.vision != "tiny":
-        parser.error("--vision: with --features there is no vision encoder; leave one of them out")
-    for flag in ("annotations", "descriptions"):
-        if not getattr(args, flag):
-            parser.error(f"expected --{flag} FILE")
-    if args.ablation and args.lambda_lang != "learned":
-        parser.error("--ablation and --lambda-lang change one thing each: leave out one of them")
-    if args.resume and args.overwrite:
-        parser.error("--resume goes on with a run and --overwrite starts over: leave out one")
-    steps, top = args.resize_to or args.window, 2 ** (args.levels - 1)
-    if steps < top:
-        parser.error(f"--levels {args.levels}: expected windows of at least {top} steps, found "
-                     f"{steps}; lower --levels, or raise --window or --resize-to")
-    if args.ranges and len(args.ranges) != args.levels:
-        parser.error(f"--levels: expected {len(args.ranges)} as the preset, found {args.levels}")
-    if args.width % HEADS:
-        parser.error(f"--width: expected a multiple of {HEADS}, the heads, found {args.width}")
-    patch = TINY_VISION["patch_size"]
-    if args.videos and args.vision == "tiny" and args.image_size % patch:
-        parser.error(f"--image-size: expected a multiple of {patch}, found {args.image_size}")

@@ -40,15 +40,6 @@ def average(*tensors) -> None:
             dist.all_reduce(tensor)
             tensor /= world_size()
 
-class Parallel(DistributedDataParallel):
-    """torch's data parallelism with the attributes of the model inside."""
-
-    def __getattr__(self, name):
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self.module, name)
-
 def parallel(model, seed: int):
     """Gradients become means over all processes, which draw other random numbers from here on."""
     if not dist.is_initialized():
@@ -56,4 +47,7 @@ def parallel(model, seed: int):
     if rank():
         torch.manual_seed(seed + 1000 * rank())
     # Without language LoRA has no gradient. Each process has class means (buffers) of its own.
-    return Parallel(model, find_unused_parameters=True, broadcast_buffers=False)
+    wrapped = DistributedDataParallel(model, find_unused_parameters=True, broadcast_buffers=False)
+    for name, part in model.named_children():              # Algorithm 1 reads head and class_means
+        setattr(wrapped, name, part)
+    return wrapped

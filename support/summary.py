@@ -1,5 +1,6 @@
 """support/summary.py - what a run prints: data, parameters, memory, a line for each epoch."""
 import time
+from collections import Counter
 
 import torch
 
@@ -12,12 +13,10 @@ def describe(model, groups: list, training, test) -> None:
         hours = sum(v.duration for v in data.videos) / 3600
         print(f"{name}: {len(data.videos)} videos, {segments} segments, {hours:.2f} h, "
               f"{len(data)} windows")
-    counts, rates = {}, {}
+    counts = Counter()                                  # {(name, learning rate): parameters}
     for group in groups:
-        name, size = group["name"], sum(p.numel() for p in group["params"])
-        counts[name] = counts.get(name, 0) + size
-        rates[name] = group["base_lr"]
-    parts = [f"{name} {count:,} (lr {rates[name]:g})" for name, count in counts.items()]
+        counts[group["name"], group["base_lr"]] += sum(p.numel() for p in group["params"])
+    parts = [f"{name} {count:,} (lr {rate:g})" for (name, rate), count in counts.items()]
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     print(f"{len(model.config.classes)} classes; trained parameters: {', '.join(parts)}; "
           f"frozen: {frozen:,}")

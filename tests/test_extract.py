@@ -13,7 +13,6 @@ from model import ActionVLM
 from support.annotations import InputError
 from support.demo import make_demo
 
-
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
     folder = tmp_path_factory.mktemp("extract")
@@ -64,7 +63,7 @@ def test_overlapping_windows_give_the_mean(demo, extracted, tmp_path):
     assert extract.main(flags(demo, tmp_path, "--window", 32, "--overlap", 0.5)) == 0
     for path in sorted(extracted.glob("*.npy")):
         rows, ours = np.load(path), np.load(tmp_path / path.name)
-        inside = [l for l in range(len(rows) // 16 * 16 - 32) if l % 16 not in (0, 15)]
+        inside = [i for i in range(len(rows) // 16 * 16 - 32) if i % 16 not in (0, 15)]
         np.testing.assert_allclose(ours[inside], rows[inside], atol=1e-4)
         assert np.abs(ours[16] - rows[16]).max() > 0.01
         assert ours.shape == rows.shape and rows.dtype == np.float32
