@@ -1,7 +1,8 @@
 """evaluate.py - detection and scoring (paper §4): mean average precision (mAP) of TAL.
 
     python evaluate.py --checkpoint out                    # the test table of a trained model
-    python evaluate.py --checkpoint out --video my.mp4     # the actions of one video, and a picture
+    python evaluate.py --checkpoint out --video my.mp4 --plot     # the actions of one video, drawn
+    python evaluate.py --checkpoint out --video DIR --csv out.csv     # of many videos, as a table
     python evaluate.py --ground-truth gt.json --predictions result.json --subset Test
 
 The last line scores the result file of any model. Both files are in ActivityNet's format, and so is
@@ -20,8 +21,8 @@ from data import batch_loader, grid_to_seconds, load_data, make_dataset
 from head import decode, soft_nms, vote_segments
 from model import ActionVLM, Config
 from support import checkpoint, commands, figures, flags, results
-from support.annotations import InputError, copies, expect, load_external_scores
-from support.video import single_video
+from support.annotations import InputError, copies, expect, first_ten, load_external_scores
+from support.video import own_files, single_video
 
 class Detections(NamedTuple):
     """What `detect` finds, by the name of the video; times in seconds."""
@@ -41,6 +42,8 @@ def detect(model, dataset, args):
     external = {}
     if args.external_scores:
         external = load_external_scores(args.external_scores, classes, dataset.videos)
+    elif model.config.class_agnostic:
+        classes = ["action"]
     found = {video.name: [] for video in dataset.videos}
     series = {}                                                     # {video: (2, steps)}
     loader = batch_loader(dataset, model.multiple, args.workers, batch_size=args.batch_size)
@@ -183,15 +186,14 @@ def main(argv=None):
     if args.predictions:
         command = score_files
     elif args.video:
-        command = find_in_video
+        command = find_in_videos
     return commands.run_command("evaluate.py", command, args)
 
 def open_checkpoint(args):
     """(model on the device, flags of its training, folder for the output of this command)."""
-    path = Path(args.checkpoint)
-    if path.is_dir():
-        path = path / "checkpoint.safetensors"
+    path = checkpoint.find_checkpoint(args.checkpoint)
     saved = checkpoint.read_checkpoint(path, args.lm)
+    commands.replace_data(saved.args, args)
     try:
         model = ActionVLM(Config(**saved.config))
     except (InputError, TypeError) as error:
@@ -236,22 +238,39 @@ def score_files(args):
     print(results.format_table(result, tiou))
     results.write_figures(args.json, args.subset, tiou, result)
 
-def find_in_video(args):
-    """Prints the actions found in one video, best first, and draws them to NAME.png."""
+def find_in_videos(args):
+    """Prints the actions found in videos, best first; --json, --csv and --plot write them, too."""
     model, train_args, out = open_checkpoint(args)
-    path = Path(args.video)
-    video = single_video(path, model.config.feature_dim, train_args, args.fps)
-    dataset = make_dataset([video], model.config.classes, train_args, model.config.feature_dim)
-    detections = detect(model, dataset, train_args)
-    found = detections.predictions[video.name]
-    print(f"{path}: {video.duration:.1f} s; actions with a score of at least {args.min_score}:")
-    for segment, label, confidence in zip(*found.values()):
-        if confidence >= args.min_score:
-            print(f"{segment[0]:8.2f} - {segment[1]:7.2f} s  {label}  {confidence:.3f}")
-    picture = out / f"{video.name}.png"
-    rows = {"detected": detections}
-    figures.one_video(picture, video, rows, model.config.descriptions, args.min_score)
-    print(f"wrote {picture}")
+    train_args.external_scores = args.external_scores
+    V, classes = model.config.feature_dim, model.config.classes
+    files, predictions, failed = own_files(args.video, V), {}, []
+    for path in tqdm(files, "videos", dynamic_ncols=True, disable=None if files[1:] else True):
+        try:
+            video = single_video(path, V, train_args, args.fps)
+            dataset = make_dataset([video], classes, train_args, V)
+            detections = detect(model, dataset, train_args)
+        except InputError as error:
+            if len(files) == 1:
+                raise
+            tqdm.write(f"evaluate.py: {error}", file=sys.stderr)
+            failed.append(path.name)
+            continue
+        predictions.update(detections.predictions)
+        tqdm.write(f"{path}: {video.duration:.1f} s; score of at least {args.min_score}:")
+        for segment, label, confidence in zip(*detections.predictions[video.name].values()):
+            if confidence >= args.min_score:
+                times = f"{segment[0]:8.2f} - {segment[1]:7.2f} s"
+                tqdm.write(f"{times}  {label}  {confidence:.3f}")
+        if args.plot:
+            picture, rows = out / f"{video.name}.png", {"detected": detections}
+            figures.one_video(picture, video, rows, model.config.descriptions, args.min_score)
+            tqdm.write(f"wrote {picture}")
+    if args.json:
+        results.write_result(args.json, predictions)
+    if args.csv:
+        results.write_csv(args.csv, predictions)
+    expect(not failed, "--video", "files that can be read", f"{len(failed)} of {len(files)} that "
+           f"cannot: {first_ten(failed)}", "the others are done; replace these or leave them out")
 
 if __name__ == "__main__":
     sys.exit(main())

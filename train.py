@@ -19,10 +19,10 @@ from tqdm import tqdm
 
 from advantage import advantage_loss, language_advantage
 from data import batch_loader, load_data
-from evaluate import detect, score
+from evaluate import detect, mean_average_precision, score
 from head import detection_loss
 from model import ActionVLM, Config
-from support import checkpoint, commands, figures, flags, processes, summary
+from support import checkpoint, commands, figures, flags, processes, results, summary
 from support.annotations import expect
 from support.language_models import language_config
 from support.weights import TINY_VISION, vision_config
@@ -56,10 +56,10 @@ def vision_language_epoch(model, batches, backpropagate, lambda_tg=0.1, lambda_a
         backpropagate(total, batch, loss_cls=loss.cls, loss_loc=loss.loc, loss_tg=loss_tg,
                       loss_adv=loss_adv, lambda_lang=output.lambda_lang, advantage=advantage)
 
-def train(model, training_set, args, out=None, signals=None):
+def train(model, training_set, args, out=None, signals=None, test_set=None):
     """Both kinds of epoch in turn ("alternating-epoch estimation"), a checkpoint after each."""
     batches_per_epoch = len(epoch_loader(model, training_set, 0, args))
-    state = TrainingState(model, args, batches_per_epoch, out, signals)
+    state = TrainingState(model, args, batches_per_epoch, out, signals, test_set)
     if args.resume:
         checkpoint.resume(out / "checkpoint.safetensors", state)
     state.began = time.time(), state.epoch
@@ -79,8 +79,8 @@ def train(model, training_set, args, out=None, signals=None):
 
 class TrainingState:
     """All that a checkpoint holds: model, optimizer, weight average, place in the run, log sums."""
-    def __init__(self, model, args, batches_per_epoch, out=None, signals=None):
-        self.model, self.args, self.signals = model, args, signals
+    def __init__(self, model, args, batches_per_epoch, out=None, signals=None, test_set=None):
+        self.model, self.args, self.signals, self.test_set = model, args, signals, test_set
         self.out = None if processes.rank() else out        # the first process writes
         self.batches_per_epoch = batches_per_epoch
         self.optimizer = torch.optim.AdamW(parameter_groups(model, args), fused=True)
@@ -151,12 +151,30 @@ class TrainingState:
         terms = dict(zip(self.sums, means.tolist()))
         self.sums, self.batches_done, self.epoch = {}, 0, self.epoch + 1
         if self.out is not None:
+            if self.args.eval_every and self.epoch % self.args.eval_every == 0:
+                terms["mAP"] = self.evaluate()
             summary.log_epoch(self.out / "log.jsonl", self, kind, terms)
         self.save()
 
-    def save(self):
+    def evaluate(self):
+        """Average mAP of the averaged weights now, in [0, 1]; best.safetensors keeps the best."""
+        trained = checkpoint.trained_parameters(self.model)
+        live = {name: parameter.detach().clone() for name, parameter in trained}
+        self.model.load_state_dict(self.ema, strict=False)
+        predictions = detect(self.model, self.test_set, self.args).predictions
+        self.model.load_state_dict(live, strict=False)
+        self.model.train()
+        ground_truth = results.to_ground_truth(self.test_set.videos)
+        result = mean_average_precision(ground_truth, predictions, self.args.tiou)
+        average = float(result["mAP"].mean())
+        log = checkpoint.read_log(self.out / "log.jsonl")
+        if average > max((row.get("mAP", -1) for row in log), default=-1):
+            self.save(checkpoint.BEST)
+        return average
+
+    def save(self, name="checkpoint.safetensors"):
         if self.out is not None:
-            checkpoint.save_checkpoint(self.out / "checkpoint.safetensors", self)
+            checkpoint.save_checkpoint(self.out / name, self)
 
 def parameter_groups(model, args):
     """AdamW groups: head, vision, lm (LoRA), each with its rate; decay on matrices of weights."""
@@ -212,11 +230,13 @@ def run(args):
         some = range(0, len(training_set), max(1, len(training_set) // 16))   # 16 videos or more
         batches = batch_loader(training_set, model.multiple, 0, sampler=some)
         model.calibrate(batch.to(args.device) for batch in batches)
+    if args.init and not args.resume:
+        checkpoint.initialise(model, args.init)
     summary.describe(model, parameter_groups(model, args), training_set, test_set)
     if args.dry_run:
         return dry_run(model, training_set, args)
     with checkpoint.stop_signals() as signals:
-        state = train(model, training_set, args, out, signals)
+        state = train(model, training_set, args, out, signals, test_set)
     if processes.rank():
         return
     model.load_state_dict(state.ema, strict=False)                         # averaged weights

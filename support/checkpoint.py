@@ -11,10 +11,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from support.annotations import InputError, expect
+from support.annotations import InputError, expect, first_ten
 from support.processes import rank, world_size
 
 FILES = ("checkpoint.safetensors", "log.jsonl", "result.json", "report.png")   # of a run, in --out
+BEST = "best.safetensors"                                                      # of --eval-every
+OF_CLASSES = ("head.cls_head.out.", "class_means.")         # tensors with a row for each class
 
 def save_checkpoint(path: Path, state) -> None:
     """Write a train.TrainingState. It counts windows, not batches: --batch-size may change."""
@@ -95,6 +97,23 @@ def restore(model, path, tensors: dict) -> None:
            f"none of {lack} but {more}", "the files are of another run")
     model.load_state_dict(tensors, strict=False)
 
+def initialise(model, path) -> None:
+    """Take the weights of another run that fit by name and shape; print what starts anew. Its
+    weights of classes fit if it has the same classes."""
+    path = find_checkpoint(path)
+    saved = read_checkpoint(path)
+    own, weights = model_state(model), averaged(saved)
+    fits = {name: t for name, t in weights.items() if name in own and own[name].shape == t.shape}
+    if list(saved.config["descriptions"]) != model.config.classes:
+        fits = {name: t for name, t in fits.items() if not name.startswith(OF_CLASSES)}
+    model.load_state_dict(fits, strict=False)
+    new = [name for name in own if name not in fits]
+    print(f"--init {path}: {len(fits)} tensors taken; start anew: {first_ten(new)}")
+
+def find_checkpoint(path) -> Path:
+    """The file of a checkpoint: the path itself, or the last one of a run's folder."""
+    return Path(path) / FILES[0] if Path(path).is_dir() else Path(path)
+
 def model_state(model) -> dict:
     """Trained parameters and buffers; the frozen language model stays where it is."""
     return {name: tensor for name, tensor in model.state_dict().items()
@@ -110,7 +129,7 @@ def part(tensors: dict, prefix: str) -> dict:
 
 def open_folder(out: Path, args) -> None:
     """Make --out ready: a new run needs a folder without another run's files, or --overwrite."""
-    found = [name for name in FILES if (out / name).exists()]
+    found = [name for name in (*FILES, BEST) if (out / name).exists()]
     expect(not args.resume or FILES[0] in found, f"--resume: --out {out}", FILES[0], "none",
            "start without --resume, or name another folder")
     if not args.resume and not args.dry_run:

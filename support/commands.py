@@ -1,21 +1,27 @@
 """support/commands.py - the flags of commands that open a trained model, and how a command ends."""
 import sys
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 
-from support.annotations import InputError
+from support.annotations import InputError, expect
 from support.checkpoint import Stopped
 from support.flags import ABOVE_0, DEVICES, real
+
+DATA = ("annotations", "features", "videos", "test_subset", "external_scores")
 
 def evaluate_args(description: str, argv=None) -> Namespace:
     """evaluate.py's flags."""
     parser = ArgumentParser(description=description, formatter_class=RawDescriptionHelpFormatter)
     flag = parser.add_argument
     checkpoint_flags(flag)
-    flag("--video", metavar="FILE", help="find the actions in this video or .npy file instead")
-    flag("--fps", type=real(0, 1000), default=0.0, help="frames a second of a .npy --video")
+    flag("--video", nargs="+", type=Path, metavar="PATH",
+         help="find the actions in these videos, feature files or folders of them instead")
+    flag("--plot", action="store_true", help="draw every --video to OUT/NAME.png")
+    flag("--csv", metavar="FILE", help="write what is found in --video as a table")
+    flag("--fps", type=real(0, 1000), default=0.0, help="frames a second of a feature file")
     flag("--min-score", type=real(-1e9), default=0.3, help="lowest score that --video shows")
     flag("--ground-truth", metavar="FILE", help="annotation file, as of train.py")
     flag("--predictions", metavar="FILE", help="result file of any model, plain or gzip")
@@ -34,7 +40,19 @@ def checkpoint_flags(flag, **options):
     flag("--out", metavar="DIR", help="folder for results and pictures (default: the checkpoint's)")
     flag("--device", choices=DEVICES, default=DEVICES[0])
     flag("--tiou", type=real(ABOVE_0, 1), nargs="+", help="default: of training, else .3 to .7")
-    flag("--json", metavar="FILE", help="write the figures to FILE, as fractions with all digits")
+    flag("--json", metavar="FILE", help="write the figures to FILE, as fractions with all digits; "
+         "with --video, what is found")
+    for name in DATA:
+        flag(f"--{name.replace('_', '-')}", nargs="+" if name == "features" else None,
+             help="other data than that of the training; see train.py")
+
+def replace_data(train_args, args) -> None:
+    """Take flags on data anew, where they are given: files have moved, or are others."""
+    given = {name: vars(args)[name] for name in DATA if vars(args).get(name)}
+    for name, other in (("videos", "features"), ("features", "videos")):
+        expect(name not in given or getattr(train_args, name), "--checkpoint",
+               f"a model of {name}", f"one of {other}", f"give --{other}")
+    vars(train_args).update(given)
 
 def run_command(program: str, command, *args) -> int:
     """Call command(*args) -> exit code: 0, 2 after a mistake (one line), 128 + n after a signal."""

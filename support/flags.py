@@ -102,6 +102,8 @@ def training_and_run_flags(group) -> None:
     flag("--out", default="out", help="folder for everything the run writes")
     flag("--resume", action="store_true", help="go on from OUT/checkpoint.safetensors")
     flag("--overwrite", action="store_true", help="start over in a folder that holds a run")
+    flag("--init", metavar="DIR", help="start from another run: all weights that fit")
+    flag("--eval-every", type=integer(), default=0, help="epochs between evaluations (0 = end)")
     flag("--save-every", type=integer(), default=200, help="steps between checkpoints (0 = epochs)")
     flag("--tiou", type=real(ABOVE_0, 1), nargs="+", default=TIOU, help="thresholds of the score")
     flag("--nms-sigma", type=real(ABOVE_0), default=0.5, help="sigma of soft-NMS")

@@ -1,6 +1,7 @@
 """support/results.py - result files in ActivityNet's format, and the ground truth for them.
 Ground truth and predictions are dicts of one shape:
 {video: {"segments": (N, 2) float64 seconds, "labels": [str], "scores": (N,) if predicted}}."""
+import csv
 import json
 from collections import Counter
 from pathlib import Path
@@ -54,6 +55,15 @@ def write_result(path, predictions: dict) -> None:
     content = {"version": "ActionVLM", "results": results, "external_data": {}}
     with written_whole(path) as beside:
         beside.write_text(json.dumps(content) + "\n")
+
+def write_csv(path, predictions: dict) -> None:
+    """A table: video, start and end in seconds, label, score."""
+    with written_whole(path) as beside, open(beside, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["video", "start", "end", "label", "score"])
+        for video, found in predictions.items():
+            for (start, end), label, score in zip(*found.values()):
+                writer.writerow([video, f"{start:.3f}", f"{end:.3f}", label, f"{score:.6f}"])
 
 def to_ground_truth(videos) -> dict:
     """list of Video -> the ground truth of these videos."""

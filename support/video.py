@@ -180,6 +180,20 @@ def complete(video: Video, args) -> Video:
     expect(duration, where, "a duration", "none", "add it: only a video file tells it")
     return tidy(replace(video, fps=fps, duration=duration), where, Counter())
 
+def own_files(paths: list, feature_dim: int) -> list:
+    """Files as they are, folders as their files of videos (feature_dim 0) or features."""
+    suffixes, files = FEATURE_SUFFIXES if feature_dim else VIDEO_SUFFIXES, []
+    for path in paths:
+        inside = [path]
+        if path.is_dir():
+            inside = [file for file in sorted(path.iterdir()) if file.suffix.lower() in suffixes]
+        expect(inside, f"--video {path}", f"files of {'/'.join(suffixes)}", "none")
+        files += inside
+    names = Counter(file.stem for file in files)
+    twice = [name for name, count in names.items() if count > 1]
+    expect(not twice, "--video", "one file for each name", f"several for {first_ten(twice)}")
+    return files
+
 def single_video(path: Path, feature_dim: int, train_args, fps: float) -> Video:
     """A video or feature file on its own, by the flags of a training; feature_dim 0 = a video."""
     if feature_dim == 0:

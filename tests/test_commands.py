@@ -73,7 +73,7 @@ def test_evaluate_result_file_gives_the_same_table(trained, demo, capsys):
 
 def test_evaluate_one_video_prints_and_draws(trained, demo, tmp_path):
     video = demo[0] / "data/videos/test_001.mp4"
-    done = command("evaluate.py", "--checkpoint", trained[0], "--video", video, "--min-score", 0, "--out", tmp_path)
+    done = command("evaluate.py", "--checkpoint", trained[0], "--video", video, "--min-score", 0, "--plot", "--out", tmp_path)
     assert done.returncode == 0, done.stderr
     rows = [line for line in done.stdout.splitlines() if " s  " in line]
     assert len(rows) > 10 and any(name in rows[0] for name in DEMO_DESCRIPTIONS)
