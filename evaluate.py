@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from data import batch_loader, grid_to_seconds, load_data, make_dataset
-from head import decode, soft_nms, vote_segments
+from head import decode, soft_nms, temporal_iou, vote_segments
 from model import ActionVLM, Config
 from support import checkpoint, commands, figures, flags, results
 from support.annotations import InputError, copies, expect, first_ten, load_external_scores
@@ -167,17 +167,6 @@ def average_precision(correct, num_gt):
     area = (highest * correct).sum(axis=1)
     return area / num_gt
 
-def temporal_iou(a, b):
-    """IoU of every segment of a (N, 2) with every one of b (M, 2), in one unit: (N, M) in [0, 1].
-    A segment of zero (or negative) length has IoU 0 with all."""
-    a = torch.as_tensor(a)[:, None]                                              # (N, 1, 2)
-    b = torch.as_tensor(b)[None]                                                 # (1, M, 2)
-    start = torch.maximum(a[..., 0], b[..., 0])
-    end = torch.minimum(a[..., 1], b[..., 1])
-    inter = (end - start).clamp(min=0)                                           # (N, M)
-    union = a.diff()[..., 0] + b.diff()[..., 0] - inter
-    return torch.where(inter > 0, inter / union, 0)
-
 # ------------------------------------------------------------------------------------ commands
 def main(argv=None):
     """Returns the exit code: 0, or 2 for a mistake in the flags or files."""
@@ -244,7 +233,7 @@ def find_in_videos(args):
     train_args.external_scores = args.external_scores
     V, classes = model.config.feature_dim, model.config.classes
     files, predictions, failed = own_files(args.video, V), {}, []
-    for path in tqdm(files, "videos", dynamic_ncols=True, disable=None if files[1:] else True):
+    for path in tqdm(files, "videos", dynamic_ncols=True, disable=None):
         try:
             video = single_video(path, V, train_args, args.fps)
             dataset = make_dataset([video], classes, train_args, V)

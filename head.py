@@ -330,8 +330,11 @@ def soft_nms(segments, scores, iou_threshold=0.1, sigma=0.5, min_score=0.001, me
             values[0], values[best] = values[best], values[0]
         picks.append(index[0])
         decayed.append(score[0])
-        inter = (np.minimum(end[1:], end[0]) - np.maximum(start[1:], start[0])).clip(min=0)
-        union = (end[1:] - start[1:]) + (end[0] - start[0] + np.float32(1e-6)) - inter
+        latest_start = np.maximum(start[1:], start[0])
+        earliest_end = np.minimum(end[1:], end[0])
+        inter = (earliest_end - latest_start).clip(min=0)
+        length = end - start
+        union = length[1:] + (length[0] + np.float32(1e-6)) - inter
         tiou = inter / union
         if method == "gaussian":
             weight = np.exp(-tiou ** 2 / np.float32(sigma))
@@ -345,15 +348,22 @@ def soft_nms(segments, scores, iou_threshold=0.1, sigma=0.5, min_score=0.001, me
     picks = torch.tensor(np.array(picks, np.int64), device=segments.device)
     return segments[picks], torch.tensor(np.array(decayed, np.float32)).to(scores), picks
 
+def temporal_iou(a, b):
+    """IoU of every segment of a (N, 2) with every one of b (M, 2), in one unit: (N, M) in [0, 1].
+    A segment of zero (or negative) length has IoU 0 with all."""
+    a = torch.as_tensor(a)[:, None]                                          # (N, 1, 2)
+    b = torch.as_tensor(b)[None]                                             # (1, M, 2)
+    start = torch.maximum(a[..., 0], b[..., 0])
+    end = torch.minimum(a[..., 1], b[..., 1])
+    inter = (end - start).clamp(min=0)                                       # (N, M)
+    union = a.diff()[..., 0] + b.diff()[..., 0] - inter
+    return torch.where(inter > 0, inter / union, 0)
+
 def vote_segments(kept, segments, scores, threshold):
     """Segment voting: a kept segment becomes the mean of its neighbours, weighted by score * tIoU.
     kept: (M, 2). segments: (N, 2), scores: (N,), all detections before NMS -> (M, 2). Neighbours
     have tIoU >= threshold. A kept segment without any stays as it is."""
-    start = torch.maximum(kept[:, None, 0], segments[None, :, 0])
-    end = torch.minimum(kept[:, None, 1], segments[None, :, 1])
-    inter = (end - start).clamp(min=0)                                       # (M, N)
-    lengths = kept.diff()[:, None, 0] + segments.diff()[None, :, 0]
-    tiou = inter / (lengths - inter).clamp(min=1e-6)
+    tiou = temporal_iou(kept, segments)                                      # (M, N)
     weight = tiou * scores * (tiou >= threshold)
     total = weight.sum(1, keepdim=True)
     return torch.where(total > 0, weight @ segments / total.clamp(min=1e-12), kept)

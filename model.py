@@ -170,10 +170,12 @@ class Standardise(nn.Module):
         if self.training:
             real, count = mask[..., None], mask.sum()
             mean = (f * real).sum((0, 1)) / count.clamp(min=1)                  # (D,)
-            variance = ((f - mean).square() * real).sum((0, 1)) / count.clamp(min=1)
+            squared = (f - mean).square() * real
+            variance = squared.sum((0, 1)) / count.clamp(min=1)
             # The first steps count alike, so the start does not matter.
             self.steps += count > 1
-            share = (1 / self.steps.clamp(min=1)).clamp(min=self.momentum) * (count > 1)
+            share = (1 / self.steps.clamp(min=1)).clamp(min=self.momentum)
+            share = share * (count > 1)
             self.mean.lerp_(mean.detach(), share)
             self.variance.lerp_(variance.detach(), share)
         return (f - mean) * (variance + 1e-6).rsqrt()

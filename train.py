@@ -166,7 +166,7 @@ class TrainingState:
         self.model.train()
         ground_truth = results.to_ground_truth(self.test_set.videos)
         result = mean_average_precision(ground_truth, predictions, self.args.tiou)
-        average = float(result["mAP"].mean())
+        average = result["average"]
         log = checkpoint.read_log(self.out / "log.jsonl")
         if average > max((row.get("mAP", -1) for row in log), default=-1):
             self.save(checkpoint.BEST)
