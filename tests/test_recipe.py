@@ -139,7 +139,7 @@ class FixedModel(nn.Module):
     found: {(video, first step of a window): [(step in the window, steps to its left, to its right, class, score)]}.
     """
     multiple, language = 4, None
-    config = SimpleNamespace(classes=["a", "b"])
+    config = SimpleNamespace(classes=["a", "b"], class_agnostic=False)
 
     def __init__(self, found):
         super().__init__()
