@@ -198,7 +198,7 @@ def lr_factor(step, steps_per_epoch, epochs, warmup_epochs):
     warmup, total = round(warmup_epochs * steps_per_epoch), epochs * steps_per_epoch
     if step < warmup:
         return step / max(1, warmup - 1)
-    progress = (step - warmup) / max(1, total - warmup)
+    progress = min(1, (step - warmup) / max(1, total - warmup))
     return 0.5 * (1 + math.cos(math.pi * progress))
 
 def epoch_loader(model, training_set, epoch, args, first=0):
