@@ -24,7 +24,7 @@ from support import annotations
 from support.annotations import Video, expect, first_ten
 from support.checkpoint import leave_group
 from support.demo import make_demo
-from support.video import check_rows, check_training, choose_sets, open_features, read_frames
+from support.video import check_rows, check_training, choose_sets, open_joined, read_frames
 from vlm import proposal_text
 
 RESIZE = 182 / 160      # short side of a training frame before the random crop, in crop sides
@@ -66,18 +66,18 @@ def collate(windows, multiple, classes):
     """Pad windows to the longest, rounded up to `multiple`. classes: C names in class order."""
     lengths = torch.tensor([w.length for w in windows])
     L = -(-int(lengths.max()) // multiple) * multiple
-    frames_per_step = len(windows[0].inputs) // windows[0].length
-    inputs, answers = [], []
-    for w in windows:
-        missing = frames_per_step * (L - w.length)
-        padding = w.inputs.new_zeros(missing, *w.inputs.shape[1:])
-        inputs.append(torch.cat([w.inputs, padding]))
+    frames, *shape = windows[0].inputs.shape
+    frames_per_step = frames // windows[0].length
+    inputs = windows[0].inputs.new_zeros(len(windows), frames_per_step * L, *shape)
+    answers = []
+    for w, row in zip(windows, inputs):
+        row[:len(w.inputs)] = w.inputs
         names = [classes[label] for label in w.labels.tolist()]
         answers.append(proposal_text(w.segments.tolist(), names))
     segments = [w.segments for w in windows]
     labels = [w.labels for w in windows]
     return Batch(
-        inputs=torch.stack(inputs),
+        inputs=inputs,
         mask=torch.arange(L) < lengths[:, None],
         segments=segments,
         labels=labels,
@@ -126,7 +126,7 @@ class TALDataset(Dataset):
         if self.resize_to:
             return self.resize_to
         if self.image_size == 0:
-            return len(open_features(video.path))
+            return len(open_joined(video))
         return max(1, int(video.duration * video.fps / self.stride + 1e-6))
 
     def __getitem__(self, index):
@@ -150,8 +150,8 @@ class TALDataset(Dataset):
         return Window(video, start, length, inputs, segments, labels)
 
     def read_rows(self, video, start, length):
-        """(length, V) float32 rows of the feature file; all, interpolated, with resize_to."""
-        rows = open_features(video.path, self.feature_dim)
+        """(length, V) float32 rows of the feature files; all, interpolated, with resize_to."""
+        rows = open_joined(video, self.feature_dim)
         rows = rows if self.resize_to else rows[start:start + length]
         with np.errstate(over="ignore"):           # infinity is an error below
             rows = np.array(rows, dtype=np.float32)
@@ -264,20 +264,36 @@ def make_dataset(videos, classes, args, feature_dim, training=False):
 def load_data(args, feature_dim=None):
     """(training set, test set, descriptions) from train.py's flags.
     feature_dim: V of a trained model (None: to train one; V is that of the first video)."""
-    if args.dataset == "demo":
-        make_demo(Path(args.annotations).parent)
-    notes = []
-    videos = annotations.load_annotations(args.annotations, args.labels, notes)
-    classes = annotations.class_names(args.annotations, videos, args.labels)
-    descriptions = annotations.load_descriptions(args.descriptions, classes, notes)
-    train_videos, test_videos = choose_sets(videos, args, notes)
-    V = feature_dim or 0
-    if args.features and not V:
-        V = open_features(train_videos[0].path).shape[1]
-    training = make_dataset(train_videos, classes, args, V, training=True)
-    test = make_dataset(test_videos, classes, args, V)
-    for note in notes + check_rows(training, test):
-        print(f"note: {note}", file=sys.stderr)
+    (training, test), descriptions = load_sets(args, ["train_subset", "test_subset"], feature_dim)
     if feature_dim is None:
         check_training(training, test, args)
     return training, test, descriptions
+
+def load_test_data(args, config):
+    """The test set alone, with the classes of a trained model, or InputError for other labels.
+    args: flags of its training, perhaps with other files. config: its model.Config."""
+    return load_sets(args, ["test_subset"], config.feature_dim, config.descriptions)[0][0]
+
+def load_sets(args, flags, V, descriptions=None):
+    """(datasets of the subsets that flags name, descriptions: by default those of the labels)."""
+    if args.dataset == "demo":
+        make_demo(Path(args.annotations).parent)
+    notes = []
+    videos = annotations.load_annotations(args.annotations, args.labels, notes, args.leave_out)
+    if descriptions is None:
+        classes = annotations.class_names(args.annotations, videos, args.labels)
+        descriptions = annotations.load_descriptions(args.descriptions, classes, notes)
+    sets = choose_sets(videos, args, notes, flags)
+    labels = annotations.class_names(args.annotations, sets[-1], args.labels)
+    unknown = sorted(set(labels) - set(descriptions))
+    expect(not unknown, args.annotations, "labels that the model knows",
+           f"{first_ten(unknown)}, which it was not trained on", "correct or drop them")
+    if args.features and not V:
+        V = open_joined(sets[0][0]).shape[1]
+    data = []
+    for flag, part in zip(flags, sets):
+        training = flag == "train_subset"
+        data.append(make_dataset(part, descriptions, args, V or 0, training))
+    for note in notes + check_rows(*data):
+        print(f"note: {note}", file=sys.stderr)
+    return data, descriptions

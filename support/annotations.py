@@ -2,7 +2,6 @@
 import csv
 import gzip
 import json
-import sys
 import zlib
 from collections import Counter
 from contextlib import suppress
@@ -15,11 +14,12 @@ import torch
 
 CSV_FILES = ("val_Annotation.csv", "test_Annotation.csv",
              "EPIC_100_train.csv", "EPIC_100_validation.csv")
+SUBSETS = {"train": "training", "training": "training", "val": "validation",
+           "validation": "validation", "test": "test"}       # by the last word of a file's name
 AMBIGUOUS = "labelled Ambiguous, dropped"
 
 class InputError(ValueError):
     """A mistake in a file or flag: where it is, what was expected and found, what to do."""
-
     def __str__(self):
         """The message alone: torch's DataLoader puts a worker's traceback in front of it."""
         return super().__str__().rpartition("InputError: ")[2].rstrip()
@@ -40,9 +40,10 @@ class Video:
     segments: np.ndarray = field(default_factory=lambda: np.zeros((0, 2)))   # (N, 2) seconds
     labels: list = field(default_factory=list)                              # N names
     path: Path | None = None                                                # video or feature file
+    files: list = field(default_factory=list)       # one of each folder of --features; first: path
 
-def load_annotations(path, labels: str = "verb", notes: list | None = None) -> list:
-    """Annotation files (docs/data.md) -> list of Video, in their order, or InputError.
+def load_annotations(path, labels: str = "verb", notes: list | None = None, leave_out=()) -> list:
+    """Annotation files (docs/data.md) -> list of Video, without those named leave_out. InputError.
     labels: verb or noun, of EPIC-Kitchens-100. notes: gets a sentence on each kind of change."""
     videos, found = [], Counter()
     for file in annotation_files(path):
@@ -52,7 +53,8 @@ def load_annotations(path, labels: str = "verb", notes: list | None = None) -> l
             read = read_epic(file, labels)
         else:
             read = read_thumos(file, found)
-        videos += [tidy(video, f"{file}: video '{video.name}'", found) for video in read]
+        videos += [tidy(video, f"{file}: video '{video.name}'", found) for video in read
+                   if video.name not in leave_out]
     ends = [end for video in videos for end in video.segments[:, 1]]
     typical = np.median([0, *(video.duration for video in videos)])
     expect(len(ends) < 5 or max(ends) > 1 or typical <= 5, path, "segments in seconds",
@@ -78,13 +80,14 @@ def of_subset(videos: list, subset: str, path) -> list:
     return chosen
 
 def annotation_files(path) -> list:
-    """The file itself, or the annotation files of THUMOS14 or EPIC-Kitchens-100 in a folder."""
+    """The file itself, or those of a folder: of THUMOS14, EPIC-Kitchens-100, or one a subset."""
     path = Path(path)
     if not path.is_dir():
         return [path]
     files = [path / name for name in CSV_FILES if (path / name).exists()]
-    expect(files, path, f"a folder with {' or '.join(CSV_FILES)}", "none",
-           "give their folder, or a JSON file in ActivityNet's format")
+    files = files or [file for word in SUBSETS for file in sorted(path.glob(f"*{word}.json"))]
+    expect(files, path, f"a folder with {' or '.join(CSV_FILES)} or NAME_train.json and the like",
+           "none", "give their folder, or a JSON file in ActivityNet's format")
     return files
 
 def tidy(video: Video, where: str, found: Counter) -> Video:
@@ -145,23 +148,17 @@ def epic_classes(path: Path, labels: str) -> dict:
 
 def group_rows(rows: list, lengths: dict, info: Path) -> list:
     """Rows (video, label, start, end) and {video: (duration, fps, subset)} -> list of Video."""
-    names = list(dict.fromkeys(row[0] for row in rows))
-    missing = [name for name in names if name not in lengths]
-    expect(not missing, info, "a row for every annotated video", f"none for {first_ten(missing)}")
-    videos = {name: Video(name, *lengths[name], segments=[]) for name in names}
+    videos = {}
     for name, label, start, end in rows:
-        videos[name].labels.append(label)
-        videos[name].segments.append([start, end])
+        expect(name in lengths, info, "a row for every annotated video", f"none for {name}")
+        video = videos.setdefault(name, Video(name, *lengths[name], segments=[]))
+        video.labels.append(label)
+        video.segments.append([start, end])
     return [replace(video, segments=np.array(video.segments)) for video in videos.values()]
-
-def clock(cell: str) -> float:
-    """HH:MM:SS.ff -> seconds."""
-    hours, minutes, seconds = cell.split(":")
-    return 3600 * int(hours) + 60 * int(minutes) + float(seconds)
 
 # Kinds of columns: (type that turns the text of a cell into its value, the kind in words).
 NAME, WHOLE, NUMBER = (str, "a name"), (int, "a whole number"), (float, "a number")
-CLOCK = clock, "HH:MM:SS.ff"
+CLOCK = lambda cell: np.dot((3600, 60, 1), [*map(float, cell.split(":"))]), "HH:MM:SS.ff"
 
 def read_table(path: Path, **columns) -> list:
     """The columns {name: kind} of a csv file with a header: one list per row."""
@@ -187,10 +184,16 @@ def read_table(path: Path, **columns) -> list:
     return rows
 
 def read_activitynet(path) -> list:
-    """The videos of an ActivityNet-format JSON file."""
-    videos = []
-    for name, entry in read_field(path, "database").items():
+    """The videos of a JSON file in ActivityNet's format, or flat as BSN's and mmaction2's."""
+    entries, videos = read_json(path), []
+    if not any(OBJECT[0](entry) and "duration_second" in entry for entry in entries.values()):
+        check_fields(path, entries, "database")
+        entries = entries["database"]
+    subset = SUBSETS.get(path.stem.lower().split("_")[-1])
+    for name, entry in entries.items():
         where = f"{path}: video '{name}'"
+        check_fields(where, entry)
+        entry = {"subset": subset, "duration": entry.get("duration_second"), **entry}
         check_fields(where, entry, "subset", "duration", "fps")
         duration, fps = (float(entry.get(key) or 0) for key in ("duration", "fps"))
         rows = entry.get("annotations")                     # None: hidden labels of a test set
@@ -254,7 +257,7 @@ def read_field(path, name: str) -> dict:
 def is_number(value) -> bool:
     """A finite number that fits in a float, or the text of one; True and False are none."""
     try:
-        return type(value) in (int, float, str) and abs(float(value)) <= sys.float_info.max
+        return type(value) in (int, float, str) and abs(float(value)) < np.inf
     except (ValueError, OverflowError):
         return False
 
@@ -271,12 +274,14 @@ OBJECT = (lambda value: isinstance(value, dict),
 FIELDS = {                                  # {field: (test of its value, its value in words)}
     "database": OBJECT, "results": OBJECT, "AP": (OBJECT[0], "an object {class: [AP per tIoU]}"),
     "class": (lambda value: isinstance(value, list), "a list of names"),
-    "subset": (lambda value: isinstance(value, str), "a text"),
+    "subset": (lambda value: isinstance(value, str), "a text, or a file named like x_train.json"),
     "duration": (lambda value: is_number(value or 0), "a number of seconds"),
     "fps": (lambda value: is_number(value or 0), "frames a second, or 0 to ask the file"),
     "label": (is_text, "a text"),
     "segment": (lambda value: is_numbers(value, 2), "two finite numbers [start, end] in seconds"),
-    "score": (is_number, "a finite number")}
+    "score": (is_number, "a finite number"),
+    "videos": (lambda value: OBJECT[0](value) and all(map(is_number, value.values())),
+               "an object {video: frames a second}")}
 
 def check_fields(where, entry, *fields: str) -> None:
     """Raises InputError unless `entry` is an object whose fields are as in FIELDS."""

@@ -3,7 +3,9 @@ from argparse import ArgumentParser, ArgumentTypeError, Namespace, RawDescriptio
 
 import torch
 
+from support.annotations import InputError
 from support.presets import PRESETS, get_preset
+from support.video import read_manifests
 from support.weights import TINY_VISION
 
 TIOU = [0.3, 0.4, 0.5, 0.6, 0.7]
@@ -19,7 +21,11 @@ def train_args(description: str, argv=None) -> Namespace:
     data_and_model_flags(parser.add_argument_group)
     training_and_run_flags(parser.add_argument_group)
     known = parser.parse_known_args(argv)[0]
-    parser.set_defaults(**get_preset(known.dataset, bool(known.features)))
+    try:
+        manifest = read_manifests(known.features or [])[0]
+    except InputError as error:
+        parser.error(str(error))
+    parser.set_defaults(**{**get_preset(known.dataset, bool(known.features)), **manifest})
     args = parser.parse_args(argv)
     if args.features and args.dataset == "demo":
         parser.error("--features: the demo reads videos; say --dataset custom")
@@ -50,7 +56,8 @@ def data_and_model_flags(group) -> None:
     flag = group("data").add_argument
     flag("--dataset", choices=sorted(PRESETS), default="demo", help="preset: support/presets.json")
     flag("--videos", help="folder of video files named as in the annotations: end to end")
-    flag("--features", help="folder of NAME.npy (T, V), instead of --videos")
+    flag("--features", nargs="+", metavar="DIR",
+         help="folder of NAME.npy, .npz or .pt (T, V), instead of --videos; several are joined")
     flag("--annotations", help="ActivityNet-format JSON, or csv of THUMOS14 or EPIC-Kitchens")
     flag("--descriptions", help="JSON {label: sentence from start pose to end pose}")
     flag("--train-subset", default="training", help="subset name to train on, in any case")

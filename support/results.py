@@ -1,5 +1,4 @@
-"""support/results.py - result files in ActivityNet's format, and the ground truth for them.
-Ground truth and predictions are dicts of one shape:
+"""support/results.py - ground truth and predictions, dicts of one shape, and their files.
 {video: {"segments": (N, 2) float64 seconds, "labels": [str], "scores": (N,) if predicted}}."""
 import csv
 import json

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from support.annotations import InputError, Video, expect, first_ten, of_subset, tidy
+from support.annotations import InputError, Video, expect, first_ten, of_subset, read_json, tidy
 from support.presets import OPENTAD_SUBSETS
 
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov")
@@ -43,8 +43,7 @@ def decode_frames(container, times: np.ndarray, short_side: int) -> tuple:
     start = stream.start_time or 0                   # ticks
     half = 0.5 / float(stream.average_rate or 30)    # half the time of a frame, seconds
     if times[0] > 1:
-        # Decoding begins at the key frame before, so a late window costs as much as an early one.
-        # B-frames have decoding times before their own; seeking goes by these: a second early.
+        # Decoding begins at the key frame before. Seeking goes by decoding times: a second early.
         container.seek(int(start + (times[0] - 1) / tick), stream=stream)
     frames, last, shown = [], None, -math.inf
     for frame in container.decode(stream):
@@ -59,17 +58,14 @@ def decode_frames(container, times: np.ndarray, short_side: int) -> tuple:
         if len(frames) == len(times):
             break
         last = frame
-    if last is not None:
-        last = to_rgb(last, short_side, scaler)
-    return frames, last, shown
+    return frames, to_rgb(last, short_side, scaler), shown
 
 def to_rgb(frame, short_side: int, scaler) -> np.ndarray:
     """A decoded PyAV frame -> (h, w, 3) uint8, upright, with the short side `short_side`."""
-    if isinstance(frame, np.ndarray):                # it has been here
+    if frame is None or isinstance(frame, np.ndarray):         # none, or it has been here
         return frame
     scale = short_side / min(frame.width, frame.height)
-    w = max(short_side, round(frame.width * scale))
-    h = max(short_side, round(frame.height * scale))
+    w, h = (max(short_side, round(side * scale)) for side in (frame.width, frame.height))
     kind = "AREA" if scale < 1 else "BILINEAR"
     image = scaler.reformat(frame, w, h, "rgb24", interpolation=kind, threads=1).to_ndarray()
     return np.rot90(image, round(frame.rotation / 90))
@@ -102,12 +98,23 @@ def opened(path):
             yield container
     except (av.error.FFmpegError, IndexError, OSError, TypeError) as error:
         known = {IndexError: "no video stream", TypeError: "frames without times or order"}
-        raise InputError(f"{path}: expected a video that PyAV can decode, found "
-                         f"{known.get(type(error), error)}; re-encode it (ffmpeg -i in -c:v "
-                         f"libx264 out.mp4) or leave it out") from error
+        expect(False, path, "a video that PyAV can decode", f"{known.get(type(error), error)}",
+               "re-encode it (ffmpeg -i in -c:v libx264 out.mp4) or leave it out")
 
-def open_features(path, width: int = 0) -> np.ndarray:
-    """The real numbers (T, V) of a feature file, without pickle. width: V (0 = any)."""
+def open_joined(video: Video, width: int = 0) -> np.ndarray:
+    """The features (T, V) of a video, those of several folders side by side. Tools round
+    differently, so up to 3 rows of the longer ones are cut. width: V (0 = any)."""
+    parts = [open_features(path) for path in video.files or [video.path]]
+    rows, columns = np.array([part.shape for part in parts]).T
+    where = " and ".join(map(str, video.files or [video.path]))
+    expect(max(rows) - min(rows) <= 3, where, "as many rows in each, give or take 3",
+           " and ".join(map(str, rows)), "extract all with the same stride, as (T, V)")
+    expect(width in (0, sum(columns)), where, f"{width} columns, as in the training videos",
+           f"{sum(columns)}", "extract all videos by the same encoder; join folders as there")
+    return np.concatenate([part[:min(rows)] for part in parts], 1) if parts[1:] else parts[0]
+
+def open_features(path) -> np.ndarray:
+    """The real numbers (T, V) of a feature file, without pickle."""
     try:
         if str(path).lower().endswith(".pt"):
             rows = torch.load(path, map_location="cpu", weights_only=True).float().numpy()
@@ -121,48 +128,59 @@ def open_features(path, width: int = 0) -> np.ndarray:
     rows = rows[0] if rows.ndim == 3 and len(rows) == 1 else rows
     expect(rows.ndim == 2 and rows.size and rows.dtype.kind in "fiu", path,
            "an array (T, V) of real numbers, at least one row", f"{rows.dtype} {rows.shape}")
-    expect(width in (0, rows.shape[1]), path, f"{width} columns, as in the training videos",
-           rows.shape[1], "extract all videos by the same encoder")
     return rows
 
-def choose_sets(videos: list, args, notes: list) -> list:
-    """[videos to train on, videos to test on]. `notes` gets a sentence on what may surprise."""
-    names, others = (args.train_subset, args.test_subset), OPENTAD_SUBSETS.get(args.dataset)
+def read_manifests(folders) -> tuple:
+    """({flag: text}, {video: fps}) of manifest.json, if experiments.extract made the folders."""
+    settings, rates = {}, {}
+    for path in filter(Path.exists, [Path(folder, "manifest.json") for folder in folders]):
+        content = read_json(path, "videos")
+        found = {name: str(content.get(name)) for name in ("stride", "num_frames")} | {"fps": "0"}
+        expect(settings in ({}, found), path, f"{settings} as in the folder before", found,
+               "extract all folders with the same flags")
+        settings, rates = found, rates | content["videos"]
+    return settings, rates
+
+def choose_sets(videos: list, args, notes: list, flags=("train_subset", "test_subset")) -> list:
+    """The videos of the subsets that `flags` name. `notes` gets a sentence on what may surprise."""
+    names = [getattr(args, flag) for flag in flags]
+    others = [OPENTAD_SUBSETS.get(args.dataset, vars(args))[flag] for flag in flags]
     there = {video.subset.lower() for video in videos}
-    if others and there.issuperset(others) and not there.issuperset(map(str.lower, names)):
-        notes.append(f"{args.annotations}: subset '{others[0]}' trains and '{others[1]}' tests: "
-                     f"in OpenTAD's files these are the names of '{names[0]}' and '{names[1]}'")
+    if there.issuperset(others) and not there.issuperset(map(str.lower, names)):
+        notes.append(f"{args.annotations}: subsets {' and '.join(others)} are read in place of "
+                     f"{' and '.join(names)}, as OpenTAD names them")
         names = others
     sets = [choose_videos(videos, name, args, notes) for name in names]
-    trained, tested = ({label for v in part for label in v.labels} for part in sets)
-    if tested - trained:
-        notes.append(f"{args.annotations}: {len(tested - trained)} classes of the test subset have "
-                     f"no segment to train on: {first_ten(sorted(tested - trained))}")
+    labels = [{label for v in part for label in v.labels} for part in sets]
+    untrained = sorted(labels[-1] - labels[0])
+    if untrained:
+        notes.append(f"{args.annotations}: {len(untrained)} classes of the test subset have no "
+                     f"segment to train on: {first_ten(untrained)}")
     return sets
 
 def choose_videos(videos: list, subset: str, args, notes: list) -> list:
-    """The videos of a subset with path, fps and duration; `notes` names those left out."""
-    kept = [video for video in videos if video.name not in args.leave_out]
-    where = f"{args.annotations}: beside {len(args.leave_out)} videos of --leave-out"
-    chosen = of_subset(kept, subset, where)
-    folder = Path(args.videos or args.features)
+    """The videos of a subset with files, fps and duration; `notes` names those left out."""
+    chosen = of_subset(videos, subset, f"{args.annotations}: apart from --leave-out")
+    features = args.features if isinstance(args.features, list) else [args.features]
     suffixes = VIDEO_SUFFIXES if args.videos else FEATURE_SUFFIXES
-    expect(folder.is_dir(), folder, f"a folder of {'/'.join(suffixes)} files", "none")
-    entries = sorted(folder.iterdir(), reverse=True)
-    files = {p.stem: p for p in entries if p.suffix.lower() in suffixes}
-    alike = {plain(stem): path for stem, path in files.items()}
-    paths = {v.name: files.get(v.name) or alike.get(plain(v.name)) for v in chosen}
-    missing = [name for name, path in paths.items() if not path]
-    lack = f"none for {len(missing)} of {len(chosen)}: {first_ten(missing)}"
-    endings = {p.suffix for p in entries if p.stem in missing}
-    if endings:
-        lack += f" (files of these names end in {first_ten(sorted(endings))})"
-    skip = (args.skip_missing or args.dry_run) and len(missing) < len(chosen)
-    expect(skip or not missing, folder, f"a {'/'.join(suffixes)} file per annotated video", lack,
-           "add them, or leave these videos out with --skip-missing")
-    if missing:
-        notes.append(f"{folder}: found {lack}; left out")
-    return [complete(replace(v, path=paths[v.name]), args) for v in chosen if paths[v.name]]
+    for folder in map(Path, [args.videos] if args.videos else features):
+        expect(folder.is_dir(), folder, f"a folder of {'/'.join(suffixes)} files", "none")
+        entries = sorted(folder.iterdir(), reverse=True)
+        files = {p.stem: p for p in entries if p.suffix.lower() in suffixes}
+        alike = {plain(stem): path for stem, path in files.items()}
+        paths = [files.get(v.name) or alike.get(plain(v.name)) for v in chosen]
+        missing = [v.name for v, path in zip(chosen, paths) if not path]
+        lack = (f"none for {len(missing)} of {len(chosen)}: {first_ten(missing)} (files there end "
+                f"in {first_ten(sorted({p.suffix for p in entries}))})")
+        skip = (args.skip_missing or args.dry_run) and len(missing) < len(chosen)
+        expect(skip or not missing, folder, f"a {'/'.join(suffixes)} file per annotated video",
+               lack, "add them, or leave these videos out with --skip-missing")
+        if missing:
+            notes.append(f"{folder}: found {lack}; left out")
+        chosen = [replace(v, path=v.path or path, files=[*v.files, path])
+                  for v, path in zip(chosen, paths) if path]
+    rates = {} if args.videos else read_manifests(features)[1]
+    return [complete(replace(v, fps=float(rates.get(v.path.stem, v.fps))), args) for v in chosen]
 
 def plain(name: str) -> str:
     """The name of a video without `v_` before it and the ending of a video file behind it."""
@@ -170,7 +188,7 @@ def plain(name: str) -> str:
     return name.removeprefix("v_")
 
 def complete(video: Video, args) -> Video:
-    """The video with fps and duration, by --fps, the annotations or the video file."""
+    """The video with fps and duration, by --fps, what is known of it, or the video file."""
     fps, duration = args.fps or video.fps, video.duration
     if args.videos and not (fps and duration):
         duration, rate = probe(video.path, duration)
@@ -199,9 +217,9 @@ def single_video(path: Path, feature_dim: int, train_args, fps: float) -> Video:
     if feature_dim == 0:
         duration, fps = probe(path)
         return Video(path.stem, duration, fps, path=path)
-    fps = fps or train_args.fps
+    fps = fps or train_args.fps or float(read_manifests([path.parent])[1].get(path.stem, 0))
     expect(fps, f"--video {path}", "frames a second of the features", "none", "give --fps")
-    steps = len(open_features(path, feature_dim))
+    steps = len(open_joined(Video(path.stem, 0, fps, path=path), feature_dim))
     duration = (steps * train_args.stride + 0.5 * train_args.num_frames) / fps
     return Video(path.stem, duration, fps, path=path)
 
@@ -221,7 +239,7 @@ def check_rows(data, *more) -> list:
     if data.image_size or data.resize_to:
         return []
     videos = sum((dataset.videos for dataset in more), data.videos)
-    T, V = np.array([open_features(video.path).shape for video in videos]).T
+    T, V = np.array([open_joined(video).shape for video in videos]).T
     most = np.array([video.duration * video.fps for video in videos]) / data.stride
     rows = np.maximum(most - data.num_frames / data.stride, 0) + 1
     fits, turned = [(count > rows / 1.1 - 3) & (count < most * 1.1 + 3) for count in (T, V)]

@@ -172,8 +172,23 @@ def test_numbers_as_text_hidden_labels_and_no_duration(tmp_path):
 
 
 def test_a_reversed_segment_names_video_and_segment(tmp_path):
+    path = json_file(tmp_path, ("a", 1, 2), ("b", 4, 3))
     with pytest.raises(InputError, match=r"a.json: video 'v': expected .*, found \[4.0, 3.0\] labelled b"):
-        load_annotations(json_file(tmp_path, ("a", 1, 2), ("b", 4, 3)))
+        load_annotations(path)
+    assert load_annotations(path, leave_out=["v"]) == []
+
+
+def test_flat_files_of_one_subset_each(tmp_path):
+    """BSN's and mmaction2's layout: the name of a file is that of its subset; a folder gives all of them."""
+    flat = {"duration_second": 9.5, "duration_frame": 285, "feature_frame": 272, "annotations": [{"label": "a", "segment": [1, 12]}]}
+    for name, fields in (("anet_anno_train", {}), ("anet_anno_val", {"fps": 30.0}), ("test", {"subset": "hidden"}), ("anet_full", {})):
+        (tmp_path / f"{name}.json").write_text(json.dumps({f"v_{name}": flat | fields}))
+    videos = load_annotations(tmp_path)
+    assert [(v.name, v.subset, v.duration, v.fps) for v in videos] == [
+        ("v_anet_anno_train", "training", 9.5, 0), ("v_anet_anno_val", "validation", 9.5, 30), ("v_test", "hidden", 9.5, 0)]
+    assert videos[0].segments.tolist() == [[1, 9.5]] and class_names(tmp_path, videos) == ["a"]
+    with pytest.raises(InputError, match="video 'v_anet_full': 'subset': expected a text, or a file named like x_train.json, found None"):
+        load_annotations(tmp_path / "anet_full.json")
 
 
 # ---------------------------------------------------------------- the real files

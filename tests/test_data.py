@@ -4,6 +4,7 @@ import gzip
 import json
 import math
 import struct
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,6 +24,7 @@ from data import (
     truncate_segments,
     window_starts,
 )
+from model import Config
 from support import annotations, demo
 from support.annotations import InputError, Video, load_annotations, load_descriptions
 from support.demo import write_video
@@ -32,9 +34,11 @@ from support.video import (
     choose_videos,
     moving_pictures,
     open_features,
+    open_joined,
     probe,
     read_frames,
 )
+from train import get_args
 from vlm import NO_ACTION
 
 def annotation_file(tmp_path, entry, name="annotations.json"):
@@ -269,7 +273,7 @@ def test_files_are_found_by_names_with_and_without_v_and_ending(tmp_path):
     videos = [Video(name, 1.0, 1.0, "training") for name in ("a.mp4", "b", "v_c", "d")]
     assert [v.path.name for v in choose(videos, features=tmp_path)] == ["a.npy", "v_b.NPY", "c.mp4.npz", "d.pt"]
     (tmp_path / "x.h5").touch()
-    with pytest.raises(InputError, match=r"found none for 1 of 1: x \(files of these names end in .h5\); add them"):
+    with pytest.raises(InputError, match=r"found none for 1 of 1: x \(files there end in .*, .h5, .*\); add them"):
         choose([Video("x", 1.0, 1.0, "training")], features=tmp_path)
 
 
@@ -280,12 +284,51 @@ def test_feature_files_of_other_formats(tmp_path):
     np.savez(tmp_path / "c.npz", rows)
     torch.save(torch.from_numpy(rows), tmp_path / "d.pt")
     for name in ("a.NPY.npy", "b.npz", "c.npz", "d.pt"):
-        assert open_features(tmp_path / name, 2).tolist() == rows.tolist(), name
+        assert open_features(tmp_path / name).tolist() == rows.tolist(), name
     torch.save({"rows": Path("x")}, tmp_path / "e.pt")                              # would run code
     np.savez(tmp_path / "f.npz", rows=rows, times=rows)
     for name in ("e.pt", "f.npz"):
         with pytest.raises(InputError, match=f"{name}: expected a .npy file"):
             open_features(tmp_path / name)
+
+
+def test_features_of_two_folders_are_joined(tmp_path):
+    """Files of one video side by side, cut to the shorter one; more than three rows apart are an error."""
+    for name, shape in (("rgb/v", (10, 2)), ("flow/v_v", (7, 3)), ("short/v", (6, 1))):
+        (tmp_path / name).parent.mkdir()
+        np.save(tmp_path / f"{name}.npy", np.arange(np.prod(shape), dtype=np.float32).reshape(shape))
+    rgb, flow, short = (tmp_path / name for name in ("rgb", "flow", "short"))
+    videos = [Video("v", 1.0, 1.0, "training")]
+    video, = choose(videos, features=[rgb, flow])
+    assert open_joined(video, 5)[6].tolist() == [12, 13, 18, 19, 20] and len(open_joined(video)) == 7
+    assert TALDataset([video], [], window=4).read_rows(video, 5, 2)[1].tolist() == [12, 13, 18, 19, 20]
+    with pytest.raises(InputError, match=r"rgb/v.npy and .*flow/v_v.npy: expected 4 columns, as in the training videos, found 5; "):
+        open_joined(video, 4)
+    video, = choose(videos, features=[rgb, short])
+    with pytest.raises(InputError, match=r"rgb/v.npy and .*short/v.npy: expected as many rows in each, give or take 3, found 10 and 6; "):
+        open_joined(video)
+    np.save(rgb / "x.npy", np.zeros((9, 2)))
+    with pytest.raises(InputError, match="flow: expected .* found none for 1 of 2: x "):
+        choose([*videos, Video("x", 1.0, 1.0, "training")], features=[rgb, flow])
+
+
+def test_the_test_set_alone_has_the_classes_of_the_model(tmp_path, capsys):
+    """Only the files of the test videos are there; the classes stay in the order of the model."""
+    database = {"a": GOOD, "b": GOOD | {"subset": "test"}}
+    (tmp_path / "a.json").write_text(json.dumps({"database": database}))
+    np.save(tmp_path / "b.npy", np.ones((60, 2)))
+    args = get_args(["--dataset", "custom", "--features", str(tmp_path), "--annotations", str(tmp_path / "a.json"),
+                     "--descriptions", "moved", "--test-subset", "test", "--leave-out", "c", "--device", "cpu"])
+    known = {"Walk": "x", "Run": "y"}
+    config = Config(descriptions=known, feature_dim=2, lm="")
+    test = data.load_test_data(args, config)
+    assert list(test.classes) == ["Walk", "Run"] and [v.name for v in test.videos] == ["b"] and not test.training
+    assert test[0].labels.tolist() == [1] and test.feature_dim == 2 and capsys.readouterr().err == ""
+    with pytest.raises(InputError, match="a.json: expected labels that the model knows, found Run, which it was not trained on; correct or drop them"):
+        data.load_test_data(args, replace(config, descriptions={"Walk": "x"}))
+    database["c"] = GOOD | {"subset": "test", "annotations": [{"label": "Fly", "segment": [2, 1]}]}      # of --leave-out
+    (tmp_path / "a.json").write_text(json.dumps({"database": database}))
+    assert len(data.load_test_data(args, config).videos) == 1
 
 
 def test_the_preset_knows_both_names_of_the_subsets(tmp_path):
@@ -299,7 +342,11 @@ def test_the_preset_knows_both_names_of_the_subsets(tmp_path):
         one, two = choose_sets(videos, args, notes)
         assert [one[0].name, two[0].name] == ["a", "b"] and len(notes) == said + 1
         assert "1 classes of the test subset have no segment to train on: Jump" in notes[-1]
-    assert "f: subset 'training' trains and 'validation' tests: in OpenTAD's files" in notes[0]
+    assert notes[0] == "f: subsets training and validation are read in place of validation and test, as OpenTAD names them"
+    for part in (videos, videos[1:]):                                               # the test subset alone, if need be in a file of its own
+        notes = []
+        assert [v.name for v in choose_sets(part, args, notes, ["test_subset"])[0]] == ["b"]
+        assert notes == ["f: subsets validation are read in place of test, as OpenTAD names them"]
     args.dataset = "custom"
     with pytest.raises(InputError, match="expected videos of subset 'test'"):
         choose_sets(videos, args, [])

@@ -10,8 +10,8 @@ from data import batch_loader, load_data, make_dataset
 from experiments import extract
 from head import detection_loss
 from model import ActionVLM
-from support.annotations import InputError
 from support.demo import make_demo
+from support.video import single_video
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
@@ -111,9 +111,19 @@ def test_train_reads_the_manifest(demo, extracted, tmp_path):
     (tmp_path / "annotations.json").write_text(json.dumps(annotations))
     args.annotations = tmp_path / "annotations.json"
     assert {video.fps for video in load_data(args)[0].videos} == {10.0}
+    video = single_video(extracted / "test_000.npy", 96, args, fps=0)
+    assert video.fps == 10 and video.duration == len(np.load(video.path)) / 10
+    args = train.get_args(train_flags(demo, tmp_path, "--dataset", "thumos14", "--features", extracted))
+    assert (args.stride, args.num_frames, args.fps) == (1, 0, 0)                    # they win over the preset's 4, 16 and 30
 
 
-def test_a_damaged_manifest(extracted, demo, tmp_path):
-    (tmp_path / "manifest.json").write_text("{")
-    with pytest.raises(InputError, match="manifest.json: expected a JSON file"):
-        train.get_args(train_flags(demo, tmp_path, "--dataset", "custom", "--features", tmp_path))
+@pytest.mark.parametrize("content, message", [
+    ("{", "manifest.json: expected a JSON file"), ('{"videos": {"a": "x"}}', "manifest.json: 'videos': expected an object {video: "),
+    ('{"stride": 0, "num_frames": 0, "videos": {}}', "--stride: expected a whole number from 1"),
+    ('{"stride": 2, "num_frames": 0, "videos": {}}', "manifest.json: expected {'stride': '1', 'num_frames': '0', 'fps': '0'} as in the folder before")])
+def test_a_damaged_manifest_and_one_that_differs(extracted, demo, tmp_path, capsys, content, message):
+    (tmp_path / "manifest.json").write_text(content)
+    folders = [extracted, tmp_path] if "'1'" in message else [tmp_path]
+    with pytest.raises(SystemExit) as end:
+        train.get_args(train_flags(demo, tmp_path, "--dataset", "custom", "--features", *folders))
+    assert end.value.code == 2 and message in capsys.readouterr().err
