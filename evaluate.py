@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import batch_loader, grid_to_seconds, load_data, make_dataset
+from data import batch_loader, grid_to_seconds, load_test_data, make_dataset
 from head import decode, soft_nms, temporal_iou, vote_segments
 from model import ActionVLM, Config
 from support import checkpoint, commands, figures, flags, results
@@ -198,7 +198,7 @@ def open_checkpoint(args):
 def score_checkpoint(args):
     """Prints the table of a checkpoint on the test set of its training."""
     model, train_args, out = open_checkpoint(args)
-    test_set = load_data(train_args, model.config.feature_dim)[1]
+    test_set = load_test_data(train_args, model.config)
     predictions = detect(model, test_set, train_args).predictions
     tiou = args.tiou or train_args.tiou
     result = score(out / "result.json", test_set, predictions, tiou)
