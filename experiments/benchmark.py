@@ -1,10 +1,9 @@
 """experiments/benchmark.py - what language costs: time, memory and operations (Table 6).
+
     python -m experiments.benchmark efficiency            # Table 6: ActionVLM-S-3B
     python -m experiments.benchmark full-size             # the paper's four models
 The models have random weights. A time is the median of five runs after one that warms up; of one
 run with `--size full` on a CPU, which takes 20 GB and an hour."""
-import re
-import sys
 import timeit
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from copy import deepcopy
@@ -19,10 +18,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
 
 import train
 from data import Window, collate
-from model import ActionVLM, Config
+from model import Config
 from support import language_models
 from support.annotations import Video, read_json
 from support.flags import DEVICES, integer
+from support.presets import ROOT
 from support.summary import peak_memory
 
 VISION = {"S": (384, 12, 1536, 6), "B": (768, 12, 3072, 12)}    # width, layers, MLP width, heads
@@ -49,14 +49,12 @@ def main(argv=None):
     args = parser.parse_args(argv)
     args.size = args.size or ("reduced" if args.device == "cpu" else "full")
     args.repeats = 1 if args.device == "cpu" and args.size == "full" else 5
-    info = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
+    name = torch.cpu.get_capabilities().get("cpu_name", "a CPU")
     if args.device != "cpu":
         gpu = torch.cuda.get_device_properties(args.device)
-        names = [gpu.name]
-        share = min(1.0, 24 * 2**30 / gpu.total_memory)              # of a GPU of 24 GB
-        torch.cuda.set_per_process_memory_fraction(share)
-    print(*names[:1], f"{torch.get_num_threads()} threads", f"torch {torch.__version__}", sep=", ")
+        name = gpu.name                                              # with at most 24 GB of it:
+        torch.cuda.set_per_process_memory_fraction(min(1.0, 24 * 2**30 / gpu.total_memory))
+    print(f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     print(HEADING)
     for name in [args.only] if args.only else MODELS[args.what]:
         for cells in cost_of_language(name, args):
@@ -69,51 +67,45 @@ def cost_of_language(name, args):
         if way in (ALONE, FULL):
             state, batch = random_model(*name.split("-"), way, args)
         for K in [1] if way == ALONE else args.language_stride:
-            if way != ALONE:
-                state.model.language.stride = K
             cells = [f"ActionVLM-{name}, {way}", str(K)]
             for training in (True, False):
                 if training and (way == KEPT or args.inference):
                     cells += ["-"] * 4
                     continue
-                seconds, memory, tflops = measure(state, batch, way, training, args)
+                seconds, memory, tflops = measure(state, batch, way, training, args, K)
                 alone = first.setdefault(training, seconds)
                 mean = (alone + seconds) / 2 if training else seconds    # of both kinds of epoch
-                cells += [duration(seconds), f"{mean / alone:.2f}", memory, f"{tflops:.3g}"]
+                cells += [f"{seconds:.3f} s", f"{mean / alone:.2f}", memory, f"{tflops:.3g}"]
             yield cells
 
 def random_model(vision, qwen, way, args):
-    """TrainingState of a model with random weights, and a batch of one window of random frames.
-    vision, qwen, way: keys of VISION, QWEN and LAYOUTS."""
+    """TrainingState of a model (keys of VISION, QWEN, LAYOUTS), a batch of one window; random."""
     torch.manual_seed(0)
     shrink, depth, side, rank, dtype = SIZES[args.size]
     def sizes(width, layers, mlp, heads):
         return dict(hidden_size=width // shrink, num_hidden_layers=min(layers, depth),
                     intermediate_size=mlp // shrink, num_attention_heads=heads)
-    descriptions = read_json(Path(__file__).parents[1] / "descriptions/thumos14.json")
+    descriptions = read_json(ROOT / "descriptions/thumos14.json")
     encoder = dict(sizes(*VISION[vision]), image_size=side, pretrained_image_size=224)
     language = Qwen2Config(vocab_size=151936 // shrink, num_key_value_heads=2,
                            tie_word_embeddings=True, **sizes(*QWEN[qwen]))
     config = Config(descriptions, lm="" if way == ALONE else qwen, dim=language.hidden_size,
                     vision=encoder, dtype=dtype, lora_rank=rank, width=512 // shrink, head_window=0)
-    def load(*_):
-        """In place of support.language_models.load_language_model: random weights."""
-        tokenizer = AutoTokenizer.from_pretrained(language_models.TINY_LM)
-        return AutoModelForCausalLM.from_config(language, dtype=getattr(torch, dtype)), tokenizer
-    with patch.object(language_models, "load_language_model", load):
-        model = ActionVLM(config).to(args.device)
-    flags = ["--dataset=thumos14", "--videos=-", "--annotations=-", f"--device={args.device}"]
-    state = train.TrainingState(model, train.get_args(flags), batches_per_epoch=1000)
-    model.checkpointing()
-    if args.compile:
-        model.compile_layers()
+    flags = ["--dataset=thumos14", "--videos=-", "--annotations=-", f"--device={args.device}",
+             "--grad-checkpoint=on", *["--compile"] * args.compile]
+    train_args = train.get_args(flags)
+    tokenizer, kind = AutoTokenizer.from_pretrained(language_models.TINY_LM), getattr(torch, dtype)
+    with patch.object(language_models, "load_language_model", lambda *_: (      # random weights
+            AutoModelForCausalLM.from_config(language, dtype=kind), tokenizer)):
+        model = train.build_model(train_args, config)
+    state = train.TrainingState(model, train_args, batches_per_epoch=1000)
     L = 768 // shrink
     frames = torch.randint(0, 256, (L, 3, side, side), dtype=torch.uint8)
     segments, labels = torch.tensor([[0.1, 0.3], [0.5, 0.6]]) * L, torch.tensor([0, 5])
     window = Window(Video("random", L / 7.5, 30.0), 0, L, frames, segments, labels)
     return state, collate([window], model.multiple, config.classes).to(args.device)
 
-def measure(state, batch, way, training, args):
+def measure(state, batch, way, training, args, K=1):
     """Seconds, peak memory (of GPU or process) and TFLOPs of a training step or inference.
     FLOPs are of all matrix products, as if no mask hid anything, without checkpointing."""
     @torch.set_grad_enabled(training)
@@ -124,14 +116,18 @@ def measure(state, batch, way, training, args):
         epoch(model, [batch], backpropagate)
     model = state.model.train(training)
     if way != ALONE:
-        model.language.layout = LAYOUTS[way]
+        model.language.layout, model.language.stride = LAYOUTS[way], K
     if way == KEPT:
         model.language.keep_prompt()
     if args.device != "cpu":
         torch.cuda.reset_peak_memory_stats()
     elif Path("/proc/self/clear_refs").exists():
         Path("/proc/self/clear_refs").write_text("5")                # the peak starts anew
-    seconds = median_time(lambda: run(state.model, batch, state.backpropagate), args)
+    def finish():
+        run(model, batch, state.backpropagate)
+        if args.device != "cpu":
+            torch.cuda.synchronize()
+    seconds = median(timeit.repeat(finish, repeat=1 + args.repeats, number=1)[1:])
     memory = f"{peak_memory(args.device):.2f} GiB"
     aten, fake = torch.ops.aten, FakeTensorMode()
     flop_registry[aten._scaled_dot_product_flash_attention_for_cpu] = sdpa_flop
@@ -143,16 +139,5 @@ def measure(state, batch, way, training, args):
         run(model, batch)
     return seconds, memory, counter.get_total_flops() / 1e12
 
-def median_time(call, args):
-    """Median seconds of a call, after one that warms up."""
-    def finish():
-        call()
-        if args.device != "cpu":
-            torch.cuda.synchronize()
-    return median(timeit.repeat(finish, repeat=1 + args.repeats, number=1)[1:])
-
-def duration(seconds):
-    return f"{seconds:.2f} s" if seconds >= 1 else f"{1000 * seconds:.0f} ms"
-
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

@@ -1,10 +1,9 @@
 """experiments/extract.py - features of videos by a vision encoder, to train without it.
 
     python -m experiments.extract --videos DIR --vision FILE --out DIR
-
-Every video gives NAME.npy (T, V): row l is what the encoder gives end to end for step l. Beside
-them, manifest.json holds the settings and the fps of every video; train.py reads it.
-Videos whose file is there are not read again, so a command that was stopped goes on."""
+Every video gives NAME.npy (T, V): row l is what the encoder gives end to end for step l, or the
+mean of that where windows overlap. Beside them, manifest.json holds the settings and the fps of
+every video; train.py reads it. Videos whose file is there are not read again, after a stop."""
 import json
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
@@ -19,42 +18,42 @@ from model import VisionEncoder
 from support.annotations import InputError, Video, expect, read_json
 from support.checkpoint import written_whole
 from support.commands import run_command
-from support.flags import BELOW_1, device, integer, real
+from support.flags import BELOW_1, DEVICES, GPUS, integer, real
 from support.video import VIDEO_SUFFIXES, probe
-from support.weights import TINY_VISION, vision_config
+from support.weights import vision_config
 
 SETTINGS = ("vision", "stride", "num_frames", "window", "overlap", "image_size", "dtype")
 
-def main(argv=None) -> int:
-    """Returns the exit code: 0, or 2 for a mistake in the flags or files."""
+def main(argv=None):
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    flag, gpu = parser.add_argument, torch.cuda.is_available()
+    flag = parser.add_argument
     flag("--videos", required=True, type=Path, metavar="DIR", help="folder of video files")
     flag("--vision", default="tiny", help="file or folder, as of train.py (tiny: random weights)")
     flag("--out", required=True, type=Path, metavar="DIR", help="folder for the features")
     flag("--stride", type=integer(1), default=4, help="video frames per row (%(default)s)")
     flag("--window", type=integer(1), default=768, help="rows at a time (%(default)s)")
-    flag("--overlap", type=real(0, BELOW_1), default=0.0,
-         help="share of a window that the next one sees again; a row is the mean (%(default)s)")
+    flag("--overlap", type=real(0, BELOW_1), default=0.0, help="share of a window in the next (0)")
     flag("--image-size", type=integer(1), default=160, help="side of the crop (%(default)s)")
-    flag("--dtype", choices=["float32", "bfloat16"], default="bfloat16" if gpu else "float32")
-    flag("--device", type=device, default="cuda" if gpu else "cpu")
+    flag("--dtype", choices=["float32", "bfloat16"], default="bfloat16" if GPUS else "float32")
+    flag("--device", choices=DEVICES, default=DEVICES[0])
     flag("--workers", type=integer(0, 1024), default=0, help="processes that read videos")
     parser.set_defaults(num_frames=0)                          # row l stands for one frame
     return run_command("extract.py", extract, parser.parse_args(argv))
 
 def extract(args) -> None:
     """Write the features that are not there yet. InputError names the videos that failed."""
-    expect(args.videos.is_dir(), args.videos, "a folder of video files", "none")
-    paths = [path for path in sorted(args.videos.iterdir())
-             if path.suffix.lower() in VIDEO_SUFFIXES]
-    expect(paths, args.videos, f"files of {'/'.join(VIDEO_SUFFIXES)}", "none")
+    paths = sorted(p for p in args.videos.glob("*") if p.suffix.lower() in VIDEO_SUFFIXES)
+    expect(paths, args.videos, f"a folder of video files ({'/'.join(VIDEO_SUFFIXES)})", "none")
     args.out.mkdir(parents=True, exist_ok=True)
     file, settings = args.out / "manifest.json", {name: getattr(args, name) for name in SETTINGS}
     manifest = read_json(file) if file.exists() else {**settings, "videos": {}}
     before = {name: manifest.get(name) for name in SETTINGS}
     expect(before == settings, file, f"{settings}", f"{before}", "give the same flags or folder")
-    encoder, failed = load_encoder(args), []
+    torch.manual_seed(0)                       # random weights are those of train.py --seed 0
+    encoder, failed = VisionEncoder(vision_config(args.vision, args.image_size)), []
+    if args.vision != "tiny":
+        encoder.load(args.vision)
+    encoder.to(args.device).eval()
     for path in tqdm(paths, "extract", dynamic_ncols=True, disable=None):
         if path.stem in manifest["videos"] and (args.out / f"{path.stem}.npy").exists():
             continue
@@ -73,19 +72,6 @@ def extract(args) -> None:
     expect(not failed, args.videos, "videos that can be read", f"{len(failed)} that cannot: "
            f"{', '.join(failed)}", "replace them and start the same command again")
     print(f"{len(paths)} videos, features of width {encoder.dim} in {args.out}")
-
-def load_encoder(args) -> VisionEncoder:
-    """The encoder that train.py would build. Random weights are those of its --seed 0."""
-    torch.manual_seed(0)
-    if args.vision == "tiny":
-        patch = TINY_VISION["patch_size"]
-        expect(args.image_size % patch == 0, "--image-size", f"a multiple of {patch}",
-               args.image_size, "choose another one")
-        encoder = VisionEncoder(dict(TINY_VISION, image_size=args.image_size))
-    else:
-        encoder = VisionEncoder(vision_config(args.vision, args.image_size))
-        encoder.load(args.vision)
-    return encoder.to(args.device).eval()
 
 @torch.no_grad()
 def encode(encoder, video: Video, args) -> np.ndarray:

@@ -1,6 +1,5 @@
 """experiments/figures.py - Figure 4: what several models find in one video.
     python -m experiments.figures --video NAME --checkpoint FULL VISION_ONLY --qa"""
-import sys
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from pathlib import Path
 
@@ -13,8 +12,7 @@ from support.figures import one_video
 from support.flags import real
 from support.video import single_video
 
-def main(argv=None) -> int:
-    """Returns the exit code: 0, or 2 for a mistake in the flags or files."""
+def main(argv=None):
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     flag = parser.add_argument
     checkpoint_flags(flag, nargs="+", required=True)
@@ -28,7 +26,15 @@ def compare(args) -> None:
     found, answers = {}, {}
     for folder in reversed(args.checkpoint):
         model, train_args, out = open_checkpoint(Namespace(**{**vars(args), "checkpoint": folder}))
-        dataset = dataset_of(args.video, model.config, train_args)
+        width, path = model.config.feature_dim, Path(args.video)
+        if path.is_file():
+            videos = [single_video(path, width, train_args, train_args.fps)]
+        else:
+            test = load_data(train_args, width)[1].videos
+            videos = [one for one in test if one.name == args.video]
+            expect(videos, f"--video {path}", "a file, or a video of the test set", "neither",
+                   f"there are {first_ten([one.name for one in test])}")
+        dataset = make_dataset(videos, model.config.classes, train_args, width)
         name = "vision only" if model.language is None else train_args.ablation or "full"
         if name in found:
             name = f"{name}, {folder}"
@@ -42,16 +48,5 @@ def compare(args) -> None:
     one_video(picture, video, {**answers, **found}, model.config.descriptions, args.min_score)
     print(f"wrote {picture}")
 
-def dataset_of(video: str, config, train_args):
-    """A TALDataset of one video: a file, or one of the test set with its truth."""
-    if Path(video).is_file():
-        videos = [single_video(Path(video), config.feature_dim, train_args, train_args.fps)]
-    else:
-        test = load_data(train_args, config.feature_dim)[1].videos
-        videos = [one for one in test if one.name == video]
-        expect(videos, f"--video {video}", "a file, or a video of the test set", "neither",
-               f"there are {first_ten([one.name for one in test])}")
-    return make_dataset(videos, config.classes, train_args, config.feature_dim)
-
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

@@ -3,7 +3,6 @@
     python -m experiments.question_answering --checkpoint out"""
 import json
 import re
-import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections import Counter
 
@@ -12,10 +11,9 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 from transformers import DynamicCache
 
-from data import batch_loader, load_data
-from evaluate import merge_windows, open_checkpoint, score
-from experiments.bias import add_lap
-from support.annotations import expect
+from data import batch_loader
+from evaluate import merge_windows, score
+from experiments.bias import add_lap, open_run
 from support.commands import checkpoint_flags, run_command
 from support.flags import integer
 from support.results import write_figures
@@ -23,8 +21,7 @@ from vlm import ANSWER
 
 CUT = "…"                            # closes a generated answer that did not end by itself
 
-def main(argv=None) -> int:
-    """Returns the exit code: 0, or 2 for a mistake in the flags or files."""
+def main(argv=None):
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     checkpoint_flags(parser.add_argument, required=True)
     parser.add_argument("--max-new-tokens", type=integer(1), default=256, help="longest answer")
@@ -32,21 +29,19 @@ def main(argv=None) -> int:
 
 def score_answers(args) -> None:
     """Print the test table of the answers, their hallucination rates, and LAP."""
-    model, train_args, out = open_checkpoint(args)
-    expect(model.language is not None, f"--checkpoint {args.checkpoint}", "a model with language",
-           "one trained with --lambda-lang 0", "it cannot write answers")
-    test = load_data(train_args, model.config.feature_dim)[1]
-    tiou = args.tiou or train_args.tiou
-    predictions, answers = answer(model, test, train_args, args.max_new_tokens)
-    result = score(out / "result-qa.json", test, predictions, tiou)
+    model, train_args, out, test = open_run(args)
+    def predict():
+        return answer(model, test, train_args, args.max_new_tokens)
+    predictions, answers = predict()
+    result = score(out / "result-qa.json", test, predictions, train_args.tiou)
     beyond = 0.5 * test.num_frames / test.stride                     # steps that a feature sees
     rates = result["hallucination"] = hallucination_rates(answers, beyond)
     (out / "answers.json").write_text(json.dumps(answers, indent=1) + "\n")
     boundaries(out / "boundaries.png", [row for one in answers for row in one["proposals"]])
     print(f"\nhallucinations in {len(answers)} windows: fixed {100 * rates['fixed']:.2f} %, "
           f"infinite {100 * rates['infinite']:.2f} %; wrote answers.json, boundaries.png to {out}")
-    add_lap(result, model, lambda: answer(model, test, train_args, args.max_new_tokens), test, tiou)
-    write_figures(args.json, train_args.test_subset, tiou, result)
+    add_lap(result, model, predict, test, train_args.tiou)
+    write_figures(args.json, train_args.test_subset, train_args.tiou, result)
 
 @torch.no_grad()
 def answer(model, test, args, max_new_tokens: int = 256) -> tuple:
@@ -74,19 +69,17 @@ def generate(language, f_vis, mask, max_new_tokens: int = 256) -> list:
     lead = torch.tensor([language.tokenize(ANSWER)] * len(mask), device=mask.device)  # (B, A)
     tokens, valid = language.sequence(f_vis, mask, lead, torch.ones_like(lead).bool())
     cache, eos = DynamicCache(), language.tokenizer.eos_token_id
-    written = lead[:, :0]                                                            # (B, 0)
-    while written.size(1) < max_new_tokens and not (written == eos).any(1).all():
+    written, ended = lead[:, :0], torch.zeros_like(lead[:, :1]).bool()       # (B, 0), (B, 1)
+    while written.size(1) < max_new_tokens and not ended.all():
         hidden = language.hidden_states(tokens, valid, language.prefix(mask.size(1)), cache)
-        token = language.logits(hidden[:, -1:]).argmax(-1)                           # (B, 1)
+        token = language.logits(hidden[:, -1:]).argmax(-1).masked_fill(ended, eos)   # (B, 1)
+        ended = ended | (token == eos)
         written = torch.cat([written, token], 1)
         valid = torch.cat([valid, torch.ones_like(token).bool()], 1)
         tokens = language.embed(token)               # alone: the cache holds everything before it
-    texts = []
-    for row in written.tolist():
-        text = language.tokenizer.decode(row[:[*row, eos].index(eos)], skip_special_tokens=True,
-                                         clean_up_tokenization_spaces=False)
-        texts.append(text if eos in row else text + CUT)
-    return texts
+    texts = language.tokenizer.batch_decode(written, skip_special_tokens=True,
+                                            clean_up_tokenization_spaces=False)
+    return [text if end else text + CUT for text, end in zip(texts, ended.flatten().tolist())]
 
 def parse_proposals(text: str, classes: list) -> list:
     """Any text -> its entries `label: start-end` with a known label as (label, start, end).
@@ -100,11 +93,10 @@ def parse_proposals(text: str, classes: list) -> list:
     return [(name, int(start), int(end)) for name, start, end in named if name is not None]
 
 def hallucination_rates(answers: list, beyond: float) -> dict:
-    """Table 2: shares of windows with a hallucination. The paper has no formula. In this one
-    "fixed outputs with obviously fake boundaries regardless of input": the answer has proposals,
-    which also answer another window, or one is impossible: it ends before it starts, or more than
-    `beyond` steps after the window; "infinite listing or repeating segments": the answer did not
-    end by itself, or names one proposal three times or more."""
+    """Table 2: shares of windows with a hallucination. The paper has these words, but no formula.
+    "fixed outputs with obviously fake boundaries regardless of input": the proposals also answer
+    another window, or one ends before it starts, or more than `beyond` steps after the window.
+    "infinite listing or repeating segments": no end by itself, or one proposal three times."""
     same_list = Counter(tuple(one["proposals"]) for one in answers)
     fixed = infinite = 0
     for one in answers:
@@ -126,4 +118,4 @@ def boundaries(path, proposals: list) -> None:
     axis.figure.savefig(path, dpi=90)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

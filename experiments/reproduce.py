@@ -1,4 +1,5 @@
 """experiments/reproduce.py - the paper's ablations (Tables 2, 3, 4, 5, 9) as one report.
+
     python -m experiments.reproduce --out out-tables                      # the demo, seeds 0 1 2
     python -m experiments.reproduce --out out-tables --only 2 4 --seeds 0 -- --dataset custom ...
 A run whose figures are there is not repeated, and one that was stopped goes on."""
@@ -19,34 +20,25 @@ from support.checkpoint import written_whole
 from support.commands import run_command
 from support.demo import make_demo
 from support.flags import integer
-from support.presets import PRESETS
+from support.presets import PRESETS, ROOT
 
-ROOT = Path(__file__).parents[1]
-RUNS = {                         # name: flags of train.py; Table 3 measures against vision-only
-    "vision-only": "--lambda-lang 0", "full": "", "generated": "--lambda-lang generated",
-    "language-only": "--ablation only-language", "labels": "--ablation labels-only",
-    "without-adv": "--ablation without-adv", "without-tg": "--ablation without-tg",
-    "vision-tokens": "--ablation vision-tokens", "shared-token": "--ablation shared-token",
-    **{f"fixed-{x}": f"--lambda-lang {x}" for x in ("1.0", "0.8", "0.6", "0.4", "0.2")}}
-COMMANDS = {"figures.json": "evaluate.py", "bias.json": "experiments.bias",
-            "qa.json": "experiments.question_answering", "groups.json": "experiments.bias --groups",
-            "incomplete.json": "experiments.bias --incomplete"}
-MAP = {"average mAP": ["average"]}
-RATES = {"fixed": ["hallucination", "fixed"], "infinite": ["hallucination", "infinite"]}
-GROUPS = {" ".join(pair): ["groups", *pair] for pair in product(LEVELS, ("mAP", "gain", "mLA"))}
-CLIPS = {key: [key] for key in ("mConf", "mLen", "acc@0.3", "acc@0.5", "acc@0.7")}
-TABLES = {                       # title, {heading: keys in a file of figures}
-    2: ("modality bias and hallucinations", {**MAP, **RATES, "LAP": ["LAP"]}),
-    3: ("by visual ambiguity", GROUPS),
-    4: ("weight of language", {**MAP, "hard (paper: Billiards, FrisbeeCatch)": ["hard"]}),
-    5: ("incomplete actions", CLIPS),
-    9: ("descriptions, tokens, text generation", MAP)}
-ROWS = (ROOT / "experiments/tables.txt").read_text().splitlines()
+ALONE = "lambda-lang=0"          # the vision-only run, which tells easy and hard classes
+COMMANDS = {"figures.json": "evaluate.py", "qa.json": "experiments/question_answering.py",
+            "bias.json": "experiments/bias.py", "groups.json": "experiments/bias.py --groups",
+            "incomplete.json": "experiments/bias.py --incomplete"}
+TABLES = {                       # title, figures of its columns by their keys in a file
+    2: ("modality bias and hallucinations",
+        ["average", "hallucination fixed", "hallucination infinite", "LAP"]),
+    3: ("by visual ambiguity",
+        [f"groups {level} {key}" for level in LEVELS for key in ("mAP", "gain", "mLA")]),
+    4: ("weight lambda (paper's hard: Billiards, FrisbeeCatch)", ["average", "groups hard mAP"]),
+    5: ("incomplete actions", ["mConf", "mLen", "acc@0.3", "acc@0.5", "acc@0.7"]),
+    9: ("descriptions, tokens, text generation", ["average"])}
+ROWS = (ROOT / "experiments/tables.txt").read_text().splitlines()[1:]
 
-def main(argv=None) -> int:
-    """Returns the exit code: 0, or 2 for a mistake in the flags or a run that failed."""
+def main(argv=None):
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    flag, tables = parser.add_argument, sorted(TABLES)
+    flag, tables = parser.add_argument, list(TABLES)
     flag("--out", required=True, type=Path, metavar="DIR", help="folder of runs and report.md")
     flag("--only", type=int, nargs="+", choices=tables, default=tables, help="tables (all)")
     flag("--seeds", type=integer(), nargs="+", default=[0, 1, 2], help="of every run (0 1 2)")
@@ -69,7 +61,7 @@ def reproduce(args) -> None:
         make_demo(Path(PRESETS["demo"]["annotations"]).parent)
     files = needed(args.only)
     with ThreadPoolExecutor(args.jobs) as pool:
-        for names in (["vision-only"], files):                # groups.json measures against it
+        for names in ([ALONE], files):                        # groups.json measures against it
             list(pool.map(lambda task: run(args, files, *task), product(names, args.seeds)))
     text = report(args)
     (args.out / "report.md").write_text(text)
@@ -77,10 +69,12 @@ def reproduce(args) -> None:
 
 def needed(tables: list) -> dict:
     """{run: files of figures} of these tables, in the order of their names."""
-    files = {"vision-only": {"figures.json"}} if 3 in tables else {}
-    for number, name, file, *_ in map(str.split, ROWS[1:]):
+    files = {}
+    for number, name, file, *_ in map(str.split, ROWS):
         if int(number) in tables:
             files.setdefault(name, set()).add(file)
+            if file == "groups.json":
+                files.setdefault(ALONE, set()).add("figures.json")
     return {name: sorted(found) for name, found in files.items()}
 
 def run(args, files: dict, name: str, seed: int) -> None:
@@ -90,12 +84,11 @@ def run(args, files: dict, name: str, seed: int) -> None:
     for file in missing:
         if not (folder / "report.png").exists():              # the last file that train.py writes
             resume = (folder / "checkpoint.safetensors").exists()
-            flags = ["--resume" if resume else "--overwrite", *RUNS[name].split()]
-            flags += ["--out", folder, "--seed", seed, *args.train_flags]
-            command(args, folder, "train.py", *flags)
+            flags = ["--resume" if resume else "--overwrite", "--out", folder, "--seed", seed]
+            command(args, folder, "train.py", *flags, f"--{name}", *args.train_flags)
         program, *flags = COMMANDS[file].split()
         if file == "groups.json":                             # a third is easy, a third is hard
-            reference = args.out / f"vision-only-seed{seed}/figures.json"
+            reference = args.out / f"{ALONE}-seed{seed}/figures.json"
             AP = sorted(read_reference([reference]).values())
             third = len(AP) // 3
             flags += [reference, "--hard", AP[third], "--easy", AP[-max(1, third)]]
@@ -103,10 +96,9 @@ def run(args, files: dict, name: str, seed: int) -> None:
             command(args, folder, program, "--checkpoint", folder, *flags, "--json", beside)
 
 def command(args, folder: Path, program: str, *flags) -> None:
-    """Run a file or module of the project; it prints to commands.log. InputError if it fails."""
+    """Run a file of the project, which prints to commands.log. InputError if it fails."""
     folder.mkdir(parents=True, exist_ok=True)
-    place = [ROOT / program] if program.endswith(".py") else ["-m", program]
-    words = [str(word) for word in (*place, *flags)]
+    words = [str(word) for word in (ROOT / program, *flags)]
     threads = str(max(1, (os.cpu_count() or 1) // args.jobs))
     path = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}".rstrip(os.pathsep)
     environment = os.environ | {"OMP_NUM_THREADS": threads, "PYTHONPATH": path}
@@ -125,31 +117,26 @@ def report(args) -> str:
     lines = ["# The paper's ablations", "", f"`{line}`, seeds {args.seeds}. In percent, but mLA: "
              "mean ± standard deviation over the seeds (in brackets: the paper's, on THUMOS14)."]
     if "--lm" not in args.train_flags:
-        lines += ["", "The language model here is small and has random weights. It knows nothing "
-                  "of actions, so these figures cannot say whether a real one would help."]
+        lines += ["", "The language model here has read the texts of this repository alone, so "
+                  "these figures cannot say whether a real one would help."]
     for number in args.only:
         title, columns = TABLES[number]
-        lines += ["", f"## Table {number}: {title}", "", "| | " + " | ".join(columns) + " |",
+        headings = " | ".join(columns).replace("groups ", "").replace("average", "average mAP")
+        lines += ["", f"## Table {number}: {title}", "", f"| | {headings} |",
                   "|:--|" + "--:|" * len(columns)]
-        for row in ROWS:
-            table, name, file, *paper, label = row.split(maxsplit=3 + len(columns))
-            if table != str(number):
-                continue
-            cells = [cell(args, name, file, *pair) for pair in zip(columns.values(), paper)]
+        for row in [row for row in ROWS if row.startswith(f"{number} ")]:
+            _, name, file, *paper, label = row.split(maxsplit=3 + len(columns))
+            cells = [cell(args, name, file, *pair) for pair in zip(columns, paper)]
             lines.append(f"| {label} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
-def cell(args, name: str, file: str, keys: list, paper: str) -> str:
+def cell(args, name: str, file: str, keys: str, paper: str) -> str:
     """One cell: "94.1 ± 0.8 (72.0)"; "-" without figures."""
     scale, digits = (1, 3) if "mLA" in keys else (100, 1)
     values = []
     for seed in args.seeds:
         value = read_json(args.out / f"{name}-seed{seed}" / file)
-        if keys == ["hard"]:                                  # a third is hard
-            AP = read_reference([args.out / f"vision-only-seed{seed}/figures.json"])
-            hard = sorted(AP, key=AP.get)[:max(1, len(AP) // 3)]
-            value["hard"] = mean(mean(value["AP"][name]) for name in hard)
-        for key in keys:
+        for key in keys.split():
             value = (value or {}).get(key)
         if is_number(value):
             values.append(scale * value)

@@ -10,10 +10,9 @@ DEMO_DESCRIPTIONS = json.loads((Path(__file__).parents[1] / "descriptions/demo.j
 BACKWARDS = {"StandUp": "SitDown", "Catch": "Throw"}
 FPS, SIZE = 10, 64                                       # frames a second, pixels
 
-def make_demo(folder, train: int = 96, test: int = 24, incomplete: int = 12) -> None:
+def make_demo(folder: Path, train: int = 96, test: int = 24, incomplete: int = 12) -> None:
     """Write the demo data set, the same every time, unless it is there already.
     train, test, incomplete: numbers of clips of about 10 s; an interrupted run starts over."""
-    folder = Path(folder)
     (folder / "videos").mkdir(parents=True, exist_ok=True)
     files = {"annotations.json": [("training", train, 1), ("test", test, 2)],
              "incomplete.json": [("incomplete", incomplete, 3)]}
@@ -120,9 +119,8 @@ def write_video(path, frames: np.ndarray, fps: int) -> None:
     options = {"crf": "18", "preset": "veryfast", "threads": "1",
                "x264-params": "rc-lookahead=0:mbtree=0"}
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=fps, options=options)
-        stream.height, stream.width = frames.shape[1:3]
-        stream.pix_fmt = "yuv420p"
+        height, width = frames.shape[1:3]
+        stream = container.add_stream("libx264", fps, options, height=height, width=width)
         for image in frames:
             frame = av.VideoFrame.from_ndarray(image).reformat(format="yuv420p", threads=1)
             container.mux(stream.encode(frame))

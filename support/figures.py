@@ -8,16 +8,24 @@ from support.annotations import Video
 from support.video import FEATURE_SUFFIXES, open_features, read_frames
 
 LOSSES = {"loss_cls": "classification (focal)", "loss_loc": "localization (DIoU)",
-          "loss_tg": "text $L_{tg}$ / 10", "loss_adv": "advantage $L_{adv}$",
-          "lambda_lang": r"mean $\lambda$"}
+          "loss_tg": "$L_{tg}$ / 10", "loss_adv": "$L_{adv}$", "lambda_lang": r"mean $\lambda$"}
 
 def report(path, log: list, videos: list, detections, descriptions: dict) -> None:
-    """Loss curves (log: rows of log.jsonl) and the timelines of the first two test videos.
-    detections: evaluate.Detections. descriptions: {label: sentence}."""
+    """Loss curves, means over each epoch of a kind, and timelines of the first two test videos.
+    log: rows of log.jsonl. detections: evaluate.Detections. descriptions: {label: sentence}."""
     figure = matplotlib.figure.Figure(figsize=(13, 13.6), layout="constrained")
-    top, *rows = figure.subfigures(3, 1, height_ratios=[3.6, 5, 5])
-    loss_curves(top, log)
-    for row, video in zip(rows, videos):
+    top, *timelines = figure.subfigures(3, 1, height_ratios=[3.6, 5, 5])
+    for panel, kind in zip(top.subplots(1, 2), ("vision-only", "vision-language")):
+        panel.grid(alpha=0.3)
+        rows = [row for row in log if row["kind"] == kind]
+        for term, label in LOSSES.items():
+            if rows and term in rows[0]:
+                scale = 0.1 if term == "loss_tg" else 1.0
+                values = [scale * row[term] for row in rows]
+                panel.plot([row["epoch"] for row in rows], values, marker=".", label=label)
+                panel.legend(fontsize=8)
+        panel.set(title=f"{kind} epochs", xlabel="epoch", ylim=(0, None))
+    for row, video in zip(timelines, videos):
         timeline(row, video, {"detected": detections}, descriptions, min_score=0.3)
     figure.savefig(path, dpi=90)
 
@@ -27,22 +35,8 @@ def one_video(path, video: Video, found: dict, descriptions: dict, min_score: fl
     timeline(figure, video, found, descriptions, min_score)
     figure.savefig(path, dpi=90)
 
-def loss_curves(figure, log: list) -> None:
-    """One panel per kind of epoch: every term, mean over the epoch."""
-    for panel, kind in zip(figure.subplots(1, 2), ("vision-only", "vision-language")):
-        rows = [row for row in log if row["kind"] == kind]
-        epochs = [row["epoch"] for row in rows]
-        for term, label in LOSSES.items():
-            if rows and term in rows[0]:
-                scale = 0.1 if term == "loss_tg" else 1.0
-                panel.plot(epochs, [scale * row[term] for row in rows], marker=".", label=label)
-        panel.set(title=f"{kind} epochs", xlabel="epoch", ylim=(0, None))
-        panel.grid(alpha=0.3)
-        if rows:
-            panel.legend(fontsize=8)
-
 def timeline(figure, video: Video, found: dict, descriptions: dict, min_score: float) -> None:
-    """Fig. 4, 5: frames, truth, a row per model, lambda over seconds; below, the descriptions.
+    """Fig. 4, 5: frames or features, truth, a row per model, lambda of the last, descriptions.
     found: {title: evaluate.Detections}. A class has one colour in all pictures of a run."""
     colours = {name: matplotlib.colormaps["tab20"](i % 20) for i, name in enumerate(descriptions)}
     figure.suptitle(f"{video.name}: detections with a score of at least {min_score}", fontsize=10)
@@ -50,7 +44,15 @@ def timeline(figure, video: Video, found: dict, descriptions: dict, min_score: f
     axes = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
     for axis, label in zip(axes, ("frames", "truth", *found, r"$\lambda_{lang}$")):
         axis.set_ylabel(label, fontsize=9)
-    draw_input(axes[0], video)
+    if video.path.suffix.lower() in FEATURE_SUFFIXES:
+        rows = open_features(video.path)
+        image = ((rows - rows.mean(0)) / (rows.std(0) + 1e-6)).T
+    else:
+        times = (np.arange(16) + 0.5) * video.duration / 16
+        image = np.concatenate(read_frames(video.path, times, short_side=96), 1)
+    extent = (0, video.duration, 0, 1)
+    axes[0].imshow(image, aspect="auto", extent=extent, cmap="RdBu", vmin=-3, vmax=3)
+    axes[0].set(yticks=[])
     draw_bars(axes[1], video.segments, video.labels, video.labels, colours, video.fps)
     names = set(video.labels)
     for axis, detections in zip(axes[2:], found.values()):
@@ -60,36 +62,20 @@ def timeline(figure, video: Video, found: dict, descriptions: dict, min_score: f
         names.update(labels)
         texts = [f"{label} {rows['scores'][i]:.2f}" for label, i in zip(labels, shown)]
         draw_bars(axis, rows["segments"][shown], labels, texts, colours, video.fps)
-    draw_weight(axes[-1], video, list(found.values())[-1])
     told = [shorten(f"{name}: {descriptions[name]}", 170) for name in sorted(names)]
-    axes[-1].set_xlabel("\n".join(["seconds", *told[:6]]), fontsize=8)
-
-def draw_weight(axis, video: Video, detections) -> None:
-    """lambda on an axis that ends at its highest value, and the predicted advantage beside it."""
+    axis = axes[-1]
     axis.set(xlim=(0, video.duration))
+    axis.set_xlabel("\n".join(["seconds", *told[:6]]), fontsize=8)
     weight = detections.lambda_lang.get(video.name)
     if weight is None:
         axis.text(0.5, 0.5, "vision only", transform=axis.transAxes, ha="center", va="center")
         return
     seconds = (np.arange(len(weight)) + 0.5) * video.duration / len(weight)
     axis.plot(seconds, weight, color="black", lw=1)
-    axis.set_ylim(0, 1.05 * max(weight.max(), 1e-6))
+    axis.set_ylim(0, 1.05 * max(weight.max(), 1e-6))         # it ends at the highest lambda
     beside = axis.twinx()
     beside.plot(seconds, detections.advantage[video.name], color="tab:blue", lw=0.7)
     beside.set_ylabel("predicted advantage", fontsize=7, color="tab:blue")
-
-def draw_input(axis, video: Video) -> None:
-    """16 frames of the video side by side, or the features as an image."""
-    extent = (0, video.duration, 0, 1)
-    if video.path.suffix.lower() in FEATURE_SUFFIXES:
-        rows = open_features(video.path)
-        image = (rows - rows.mean(0)) / (rows.std(0) + 1e-6)
-        axis.imshow(image.T, aspect="auto", extent=extent, cmap="RdBu", vmin=-3, vmax=3)
-    else:
-        times = (np.arange(16) + 0.5) * video.duration / 16
-        frames = np.concatenate(read_frames(video.path, times, short_side=96), 1)
-        axis.imshow(frames, aspect="auto", extent=extent)
-    axis.set(yticks=[])
 
 def draw_bars(axis, segments, labels: list, texts: list, colours: dict, fps: float) -> None:
     """A bar per segment on the first free row, with its text, first and last frame."""

@@ -24,8 +24,7 @@ def language_config(folder):
         # InternVL's native layout says text_config, its original layout llm_config.
         inner = content.get("text_config") or content.get("llm_config") or content
         config = transformers.AutoConfig.for_model(**inner)
-        if not hasattr(config, "hidden_size"):
-            raise ValueError(f"model_type {config.model_type}")
+        int(config.hidden_size)                            # not every kind of model has one
         return config
     except Exception as error:                             # a damaged folder can fail in any way
         found = "" if Path(folder).is_dir() else "no such folder, and as a name: "
@@ -65,11 +64,10 @@ def load_language_model(folder, dtype: torch.dtype):
                          f"Gemma, ...), found model_type {config.model_type}: {reason}") from error
 
 def attention_masks(config, mask: torch.Tensor, position: torch.Tensor):
-    """Turn one mask into the attention_mask that the layers of a model need.
+    """The attention_mask of a model: a mask if its layers are of one kind, else {kind: mask}.
     mask: (B, 1, n, N) bool, True where a query (row), one of the last n tokens, may see a key.
-    position: (B, N), without padding. Returns one such mask if all layers are of one kind, else a
-    dict {kind: mask}. Sliding layers see keys that are fewer than config.sliding_window positions
-    away. Raises InputError for other kinds of layers."""
+    position: (B, N), without padding. Sliding layers see keys that are fewer than
+    config.sliding_window positions away. Raises InputError for other kinds of layers."""
     window = getattr(config, "sliding_window", None)
     alike = "sliding_attention" if window else "full_attention"         # as in Mistral, Llama
     kinds = getattr(config, "layer_types", None) or [alike]
@@ -133,8 +131,7 @@ def add_lora(model, rank: int, alpha: float):
     from peft import LoraConfig, get_peft_model
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear",
                         exclude_modules=r".*\.router")     # PhiMoE's gives no tensor
-    with warnings.catch_warnings():                        # of peft: an old name, no router
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(action="ignore"):         # of peft: an old name, no router
         model = get_peft_model(model, config)
     for module in model.modules():
         if hasattr(module, "lora_A"):                      # autocast casts; peft would cast first

@@ -1,14 +1,11 @@
 """support/tiny_lm.py - train the language model of `--lm tiny` on this repository's own texts.
 
     python -m support.tiny_lm                 # writes support/tiny-lm/, minutes on one CPU core
-
 First it reads sequences that stand as frames stand in a prompt: random vectors, each with three
 placeholders after it. A placeholder's hidden state has to be nearest to its own vector, so that
-[cls] looks back at its frame. Then it also reads text: instructions with descriptions and answers,
-and repeated pieces."""
+[cls] looks back at its frame. Then it also reads text: prompts, answers, and repeated pieces."""
 import argparse
 import json
-import time
 from pathlib import Path
 
 import numpy as np
@@ -22,34 +19,40 @@ from vlm import ANSWER, NO_ACTION, instruction, prefix_lm_mask, proposal_text
 
 DIM, BATCH, LENGTH, FRAMES = 128, 16, 256, 16
 END = "<|endoftext|>"
-TEXT_FROM, TEXT_WEIGHT = 0.33, 0.1                 # from this share of the steps on; of its loss
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--steps", type=int, default=900, help="(%(default)s)")
-    parser.add_argument("--lr", type=float, default=2e-3, help="(%(default)s)")
     parser.add_argument("--out", type=Path, default=TINY_LM, help="(%(default)s)")
     args = parser.parse_args(argv)
     torch.manual_seed(0)
-    rng, started = np.random.default_rng(0), time.time()
+    rng = np.random.default_rng(0)
     sets, held_out = read_descriptions()
-    tokenizer = make_tokenizer([instruction(some) for some in sets])
-    model = make_model(tokenizer)
+    tokenizer = make_tokenizer([*map(instruction, sets), ANSWER, NO_ACTION])
+    # With a pad_token_id, the embedding of END would be 0, and the tied output could not write it.
+    model = Qwen2ForCausalLM(Qwen2Config(
+        vocab_size=len(tokenizer), hidden_size=DIM, intermediate_size=3 * DIM, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=32768,
+        tie_word_embeddings=True, eos_token_id=tokenizer.eos_token_id, pad_token_id=None))
+    # Wider than transformers' 0.02, or the layers drown what they read.
+    torch.nn.init.normal_(model.get_input_embeddings().weight, std=DIM ** -0.5)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, args.steps, pct_start=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, args.steps, pct_start=0.05)
     for step in range(args.steps):
         text, frames = torch.zeros(()), frame_loss(model, prefix=step % 2 * 4 * FRAMES)
-        if step >= TEXT_FROM * args.steps:
+        if step >= 0.33 * args.steps:              # it learns to look back first
             text = text_loss(model, tokenizer, sets, rng)
-        (frames + TEXT_WEIGHT * text).backward()
+        (frames + 0.1 * text).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
         if (step + 1) % 50 == 0:
-            seconds = time.time() - started
-            print(f"step {step + 1}: text {text:.3f}, frames {frames:.3f}, {seconds:.0f} s")
-    loss = held_out_loss(model, tokenizer, held_out)
+            print(f"step {step + 1}: text {text:.3f}, frames {frames:.3f}")
+    rows = [torch.tensor(tokenizer(END + sentence).input_ids) for sentence in held_out]
+    labels = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-100)
+    with torch.no_grad():
+        loss = model(labels.clamp(min=0), labels=labels).loss
     print(f"{len(held_out)} held-out sentences: {loss:.3f} nats a token")
     model.to(torch.bfloat16).save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
@@ -71,21 +74,10 @@ def make_tokenizer(texts):
     words = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.pre_tokenizer = pre_tokenizers.Sequence([digits, words])
     bpe.decoder = decoders.ByteLevel()
-    bpe.train_from_iterator([*texts, ANSWER, NO_ACTION], trainers.BpeTrainer(
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(
         vocab_size=2000, special_tokens=[END], show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END, pad_token=END)
-
-def make_model(tokenizer):
-    # With a pad_token_id, the embedding of END would be 0, and the tied output could not write it.
-    model = Qwen2ForCausalLM(Qwen2Config(
-        vocab_size=len(tokenizer), hidden_size=DIM, intermediate_size=3 * DIM, num_hidden_layers=4,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=32768,
-        tie_word_embeddings=True, eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=None, bos_token_id=None))
-    # Wider than transformers' 0.02, or the layers drown what they read.
-    torch.nn.init.normal_(model.get_input_embeddings().weight, std=DIM ** -0.5)
-    return model
 
 def text_loss(model, tokenizer, sets, rng):
     """Instructions and answers; half of the rows repeat a piece of text or of random tokens."""
@@ -98,8 +90,7 @@ def text_loss(model, tokenizer, sets, rng):
             some = {str(label): descriptions[label] for label in labels}
             times = np.sort(rng.integers(0, 300, (rng.integers(6), 2)))
             answer = proposal_text(times, rng.choice(labels, len(times)))
-            ids += tokenizer(instruction(some) + ANSWER + answer).input_ids
-            ids.append(tokenizer.eos_token_id)
+            ids += tokenizer(instruction(some) + ANSWER + answer + END).input_ids
         kind, piece = rng.integers(4), rng.integers(8, LENGTH // 2)
         if kind == 3:
             ids = rng.integers(0, len(tokenizer), LENGTH).tolist()
@@ -122,16 +113,6 @@ def frame_loss(model, prefix):
     cosine = torch.einsum("bltd,bmd->blmt", hidden, F.normalize(vectors[:, :, 0], dim=-1))
     own = torch.arange(FRAMES)[:, None].expand(BATCH, -1, 3)                 # (B, L, 3)
     return F.cross_entropy((10 * cosine).flatten(0, 1), own.flatten(0, 1))
-
-@torch.no_grad()
-def held_out_loss(model, tokenizer, sentences):
-    """Mean cross-entropy of a token."""
-    total = count = 0
-    for sentence in sentences:
-        ids = torch.tensor([[tokenizer.eos_token_id, *tokenizer(sentence).input_ids]])
-        total += model(ids, labels=ids).loss.item() * (ids.numel() - 1)
-        count += ids.numel() - 1
-    return total / count
 
 if __name__ == "__main__":
     main()

@@ -13,17 +13,17 @@ from transformers.models.videomae.modeling_videomae import get_sinusoid_encoding
 
 from support.annotations import InputError, expect, is_number, read_json, shorten
 from support.checkpoint import part
-from support.internvideo2 import ClipEmbeddings, clip_fields, resize_positions
+from support.internvideo2 import ClipEmbeddings, resize_positions
 
 # A VideoMAE that a CPU can train from scratch. The usual range of 0.02 suits wide layers only.
 TINY_VISION = dict(
     hidden_size=96, num_hidden_layers=2, num_attention_heads=4, intermediate_size=192,
     image_size=32, patch_size=16, num_frames=16, tubelet_size=2, initializer_range=0.2)
 DEFAULTS = {                    # of the code that each model_type is from
-    "videomae": dict(image_size=224, patch_size=16),
-    "internvl_vision": dict(image_size=448, patch_size=14),
-    "intern_vit_6b": dict(image_size=224, patch_size=14, norm_type="rms_norm", qkv_bias=False,
-                          qk_normalization=True)}
+    "videomae": dict(kind="videomae", image_size=224, patch_size=16),
+    "internvl_vision": dict(kind="internvit", image_size=448, patch_size=14),
+    "intern_vit_6b": dict(kind="internvit", image_size=224, patch_size=14, norm_type="rms_norm",
+                          qkv_bias=False, qk_normalization=True)}
 WHOLE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
          "patch_size", "num_frames", "tubelet_size", "image_size")
 FIELDS = (*WHOLE, "hidden_act", "layer_norm_eps", "norm_type", "attention_bias", "use_qk_norm")
@@ -59,13 +59,15 @@ LAYOUTS = {"videomae": [ORIGINAL_VIDEOMAE, MMACTION_VIDEOMAE, FOLDER_VIDEOMAE],
 PATCHES = "embeddings.patch_embeddings.projection.weight"
 
 def vision_config(path, image_size: int) -> dict:
-    """Describe a published encoder by plain values for Config.vision (see build_encoder).
+    """Describe a published encoder, or "tiny", by plain values for Config.vision (build_encoder).
     image_size: side of our frames, pixels. Raises InputError, also if patches do not fill it."""
-    config = folder_config(Path(path)) if Path(path).is_dir() else file_config(path)
+    config = TINY_VISION
+    if path != "tiny":
+        config = folder_config(Path(path)) if Path(path).is_dir() else file_config(path)
     patch = config["patch_size"]
     smaller = image_size // patch * patch
-    expect(smaller == image_size, path, f"an image size that is a multiple of its patches of "
-           f"{patch} pixels", image_size, f"take --image-size {smaller} or {smaller + patch}")
+    expect(smaller == image_size, "--image-size", f"a multiple of {patch}", image_size,
+           f"{path} has patches of {patch} pixels: take {smaller} or {smaller + patch}")
     return dict(config, image_size=image_size)
 
 def file_config(path) -> dict:
@@ -81,9 +83,12 @@ def file_config(path) -> dict:
     hidden = tensors.get(rename("encoder.layer.0.intermediate.dense.bias", layout), range(4 * V))
     heads = {1280: 16, 1408: 16}.get(V, max(1, V // 64))       # VideoMAE H and g have wider heads
     fields = dict(kind="videomae", pretrained_image_size=224, num_frames=16)
-    if tubelet == 1:
-        positions = tensors.get("pos_embed", torch.empty(2049, V))     # of S, B and L
-        fields = clip_fields(positions.numel() // V, patch)
+    if tubelet == 1:                                           # 1 + 8 n n positions
+        positions = tensors.get("pos_embed", torch.empty(2049, V)).numel() // V
+        side = round(max(1, (positions - 1) / 8) ** 0.5)
+        fields = dict(kind="internvideo2", num_frames=8, pretrained_image_size=side * patch,
+                      norm_type="rms_norm", use_qk_norm=True, attention_bias=False,
+                      hidden_act="gelu_pytorch_tanh")          # as in the kernel of training
     return dict(fields, patch_size=patch, tubelet_size=tubelet, hidden_size=V,
                 num_hidden_layers=len(layers), intermediate_size=len(hidden),
                 num_attention_heads=heads, layer_norm_eps=1e-6)
@@ -105,8 +110,7 @@ def folder_config(folder: Path) -> dict:
         whole = is_number(value) and value >= 1 and value % 1 == 0
         expect(whole or name not in WHOLE, f"{folder}/config.json: {name}",
                "a whole number of at least 1", shorten(value))
-    kind = "videomae" if found == "videomae" else "internvit"
-    return {"kind": kind, "pretrained_image_size": fields.pop("image_size"), **fields}
+    return dict(fields, kind=values["kind"], pretrained_image_size=fields["image_size"])
 
 def build_encoder(config: dict) -> tuple[torch.nn.Module, int, int]:
     """Build (module of transformers, frames of a clip, frames of a step in time), without weights.
@@ -126,11 +130,10 @@ def build_encoder(config: dict) -> tuple[torch.nn.Module, int, int]:
     videomae = transformers.VideoMAEModel(config)
     for layer in videomae.encoder.layer:
         layer.attention.attention.key.bias = None      # VideoMAE has none, and it has no effect
-    if pretrained != config.image_size:
-        steps = config.num_frames // config.tubelet_size
-        old, new = ((steps, side // config.patch_size) for side in (pretrained, config.image_size))
-        table = get_sinusoid_encoding_table(steps * old[1] ** 2, config.hidden_size)  # (1, n, V)
-        videomae.embeddings.position_embeddings = resize_positions(table, old, new)
+    steps, side = config.num_frames // config.tubelet_size, config.image_size // config.patch_size
+    count = steps * (pretrained // config.patch_size) ** 2
+    table = get_sinusoid_encoding_table(count, config.hidden_size)             # (1, n, V)
+    videomae.embeddings.position_embeddings = resize_positions(table, steps, side)
     return videomae, config.num_frames, config.tubelet_size
 
 def rename(name: str, layout: dict) -> str:

@@ -10,13 +10,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import vlm
 from advantage import frame_classes
 from data import Batch
 from model import ActionVLM, Config
+from support.tiny_lm import make_tokenizer
 
 CLASSES = {"Jump": "The person bends the knees, then leaves the ground.", "Run": "Legs alternate quickly.",
            "Throw": "The arm swings forward and lets the ball go."}
@@ -24,18 +24,8 @@ CLASSES = {"Jump": "The person bends the knees, then leaves the ground.", "Run":
 
 def make_random_lm(folder, texts, dim=128) -> None:
     """Write a small random Qwen2 and a byte-level BPE tokenizer of texts."""
-    end = "<|endoftext|>"
-    bpe = Tokenizer(models.BPE())
-    digits = pre_tokenizers.Digits(individual_digits=True)
-    words = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([digits, words])
-    bpe.decoder = decoders.ByteLevel()
-    bpe.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=2000, special_tokens=[end], show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe, eos_token=end, pad_token=end)
-    # With a pad_token_id, the embedding of `end` would be 0. Embeddings are tied here, so the
+    tokenizer = make_tokenizer(texts)
+    # With a pad_token_id, the embedding of the end would be 0. Embeddings are tied here, so the
     # model could never learn to write the end.
     config = Qwen2Config(
         vocab_size=len(tokenizer), hidden_size=dim, intermediate_size=2 * dim,

@@ -17,7 +17,10 @@ import torch.nn.functional as F
 
 import head as our_head
 from evaluate import mean_average_precision, nms_per_class
-from experiments.benchmark import duration
+
+def duration(seconds):
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{1000 * seconds:.0f} ms"
+
 
 def main(argv=None):
     raw = argparse.RawDescriptionHelpFormatter

@@ -1,5 +1,4 @@
 """experiments/benchmark.py: the tables have all their figures; memory and FLOPs are those of the call."""
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,7 +21,7 @@ def rows_of(out):
 @pytest.fixture
 def once(monkeypatch):
     """Every call runs once and is said to take a second."""
-    monkeypatch.setattr(benchmark, "median_time", lambda call, args: 1.0 + 0 * bool(call()))
+    monkeypatch.setattr(benchmark.timeit, "repeat", lambda call, repeat, number: [9.0, 1.0 + 0 * bool(call())])
 
 
 def test_efficiency_has_a_row_for_every_way(once, capsys):
@@ -32,7 +31,7 @@ def test_efficiency_has_a_row_for_every_way(once, capsys):
     rows, (alone, *ways) = rows_of(out), benchmark.LAYOUTS
     names = [[f"ActionVLM-S-3B, {alone}", "1"], *([f"ActionVLM-S-3B, {way}", K] for way in ways for K in ("1", "16"))]
     assert "threads" in out.splitlines()[0] and [row[:2] for row in rows] == names
-    assert all(len(row) == 10 and row[2:6] == ["-"] * 4 and row[6:8] == ["1.00 s", "1.00"] for row in rows)
+    assert all(len(row) == 10 and row[2:6] == ["-"] * 4 and row[6:8] == ["1.000 s", "1.00"] for row in rows)
     flops = [float(row[9]) for row in rows]
     assert flops[0] < flops[5] < 0.5 * flops[1] and flops[1] == flops[3]         # here the prompt is most of the sequence
     assert flops[6] - flops[0] < (flops[5] - flops[0]) / 8                       # K = 16
@@ -55,22 +54,22 @@ def test_full_size_has_the_models_of_the_paper_or_one(monkeypatch, capsys):
         assert rows_of(capsys.readouterr().out) == rows
 
 
-def test_median_time_leaves_out_the_first_call():
-    calls = []
-    assert benchmark.median_time(lambda: calls.append(len(calls)) or time.sleep(0.3 if len(calls) == 1 else 0), ARGS) < 0.2
-    assert len(calls) == 2
-
-
 @pytest.fixture(scope="module")
 def model():
     return benchmark.random_model("S", "1.5B", benchmark.FULL, ARGS)
+
+
+def test_a_time_is_the_median_of_the_calls_after_the_first(model, monkeypatch):
+    asked = []
+    monkeypatch.setattr(benchmark.timeit, "repeat", lambda call, repeat, number: asked.append((repeat, number)) or [99, 3, 1, 2])
+    assert benchmark.measure(*model, benchmark.ALONE, False, ARGS)[0] == 2 and asked == [(2, 1)]
 
 
 def test_memory_is_the_peak_of_the_call(model, monkeypatch):
     state, batch = model
     small = benchmark.measure(state, batch, benchmark.ALONE, False, ARGS)[1]
     with monkeypatch.context() as patched:
-        patched.setattr(benchmark, "median_time", lambda *_: torch.ones(2**26).sum().item())        # 256 MiB
+        patched.setattr(benchmark.timeit, "repeat", lambda *_, **__: [0, torch.ones(2**26).sum().item()])        # 256 MiB
         large = benchmark.measure(state, batch, benchmark.ALONE, False, ARGS)[1]
     assert float(large.split()[0]) > float(small.split()[0]) + 0.1 or not Path("/proc/self/clear_refs").exists()
 

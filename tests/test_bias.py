@@ -10,7 +10,7 @@ import torch
 import evaluate
 import train
 from experiments import bias
-from support.annotations import InputError, Video
+from support.annotations import InputError
 from support.demo import make_demo
 
 # ---------------------------------------------------------------- LAP and mLA
@@ -29,14 +29,13 @@ def test_lap_is_the_relative_drop_with_the_descriptions_of_other_labels(n, monke
     assert result["LAP"] == 0
 
 
+FRAMES = torch.arange(10.0), torch.tensor([2, 0, 1, 1, 0, 0, 0, 3, 3, 3])
+ABC = SimpleNamespace(classes={"a": 0, "b": 1, "c": 2, "d": 4})
+
+
 def test_mla_by_hand():
-    video = Video("v", 10.0, 1.0, segments=np.array([[1.0, 6.0], [2.0, 3.0]]), labels=["a", "b"])
-    dataset = SimpleNamespace(videos=[video], stride=1, num_frames=0, classes={"a": 0, "b": 1, "c": 2})
-    series = {"v": np.arange(10.0)}
-    assert bias.mean_language_advantage(series, dataset, ["a"]) == np.mean([1, 4, 5, 6])
-    assert bias.mean_language_advantage(series, dataset, ["b"]) == 2.5
-    assert bias.mean_language_advantage(series, dataset, ["all"]) == 3.5
-    assert np.isnan(bias.mean_language_advantage(series, dataset, ["c"]))
+    assert bias.mLA(*FRAMES, ABC, ["a"]) == np.mean([1, 4, 5, 6]) and bias.mLA(*FRAMES, ABC, ["b"]) == 2.5
+    assert bias.mLA(*FRAMES, ABC, ABC.classes) == 3 and np.isnan(bias.mLA(*FRAMES, ABC, ["d"]))
 
 
 class GivenLosses:
@@ -62,7 +61,8 @@ def test_benefit_of_language_by_hand(monkeypatch):
     monkeypatch.setattr(bias, "batch_loader", lambda *args, **kwargs: [batch, batch])
     monkeypatch.setattr(bias, "detection_loss", lambda output, batch, head: SimpleNamespace(per_frame=output.loss))
     model = GivenLosses([1.0, 2.0, 3.0, 9.0, 9.0, 9.0], [0.0, 1.0, 5.0, -1.0, -2.0, 99.0])
-    found = bias.language_benefit(model, None, SimpleNamespace(workers=0, batch_size=1))
+    found, advantage, classes = bias.language_benefit(model, None, SimpleNamespace(workers=0, batch_size=1))
+    assert advantage.tolist() == [1, 2, 3, 9, 9] * 2 and classes.tolist() == [0, 0, 0, 1, 1] * 2
     predicted, benefit, target = [1, 2, 3], [0, 1, 5], [7 - 10, 7 - 19, 7 - 5]
     assert found == pytest.approx({"action": 2.0, "background": -1.5, "correlation": np.corrcoef(predicted, benefit)[0, 1],
                                    "with target": np.corrcoef(predicted, target)[0, 1],
@@ -70,8 +70,8 @@ def test_benefit_of_language_by_hand(monkeypatch):
 
 
 # ---------------------------------------------------------------- Table 3
-def score_groups(result, reference, *words, advantage=None, dataset=None):
-    return bias.score_groups(result, reference, SimpleNamespace(groups=list(words), easy=0.85, hard=0.5), advantage or {}, dataset)
+def score_groups(result, reference, *words, frames=None):
+    return bias.score_groups(result, reference, SimpleNamespace(groups=list(words), easy=0.85, hard=0.5), frames, ABC)
 
 
 def test_table3_groups_by_the_reference_and_by_the_paper():
@@ -89,16 +89,12 @@ def test_table3_groups_by_the_reference_and_by_the_paper():
 
 def test_table3_rows_by_hand(capsys):
     result = {"classes": ["a", "b", "c"], "AP": np.array([[0.8, 0.4, 0.2], [0.6, 0.2, 0.0]])}
-    video = Video("v", 4.0, 1.0, segments=np.array([[0.0, 2.0], [2.0, 4.0]]), labels=["a", "c"])
-    dataset = SimpleNamespace(videos=[video], stride=1, num_frames=0, classes={"a": 0, "b": 1, "c": 2})
-    advantage = {"v": np.array([.1, .3, .5, .7])}
-    rows = score_groups(result, {"a": 0.9, "b": 0.9, "c": 0.3}, "f", advantage=advantage, dataset=dataset)
+    rows = score_groups(result, {"a": 0.9, "b": 0.9, "c": 0.3}, "f", frames=FRAMES)
     np.testing.assert_allclose([rows[level][key] for level in ("easy", "hard") for key in ("mAP", "gain")], [.5, -.4, .1, -.2])
-    # Step 2 is at the end of the one and at the start of the other action: frame_classes gives it to the first.
-    assert rows["hard"]["mLA"] > rows["easy"]["mLA"] > 0
+    assert rows["hard"]["mLA"] == 0 and rows["easy"]["mLA"] == np.mean([1, 2, 3, 4, 5, 6])
     assert rows["medium"] == {"classes": [], "mAP": None, "gain": None, "mLA": None}
     lines = capsys.readouterr().out.splitlines()
-    assert lines[3].startswith("| easy | 50.00 | -40.00 |") and lines[4] == "| medium | - | - | - |  |"
+    assert lines[3].startswith("| easy | 50.00% | -40.00% |") and lines[4] == "| medium | - | - | - |  |"
     assert score_groups(result, {}, "thumos14")["medium"]["gain"] is None
 
 

@@ -99,8 +99,8 @@ def test_generate_one_window_alone_and_under_more_padding_writes_the_same(writer
 def test_generate_is_the_argmax_of_the_teacher_forced_logits(lm_folder, layout, monkeypatch):
     model = make(lm_folder, layout=layout)                           # untrained: writes anything, and does not end
     f_vis, mask = inputs((8, 5))
-    ids, decode = [], model.tokenizer.decode
-    monkeypatch.setattr(model.tokenizer, "decode", lambda row, **kw: ids.append(row) or decode(row, **kw))
+    ids, decode = [], model.tokenizer.batch_decode
+    monkeypatch.setattr(model.tokenizer, "batch_decode", lambda rows, **kw: ids.extend(rows.tolist()) or decode(rows, **kw))
     texts = generate(model, f_vis, mask, max_new_tokens=12)
     assert all(len(row) == 12 and text.endswith(CUT) for row, text in zip(ids, texts))
     lead = model.tokenizer(ANSWER, add_special_tokens=False).input_ids

@@ -10,27 +10,33 @@ from experiments import bias, question_answering, reproduce
 from support.annotations import InputError
 from support.demo import make_demo
 
+FULL = "lambda-lang=learned"
+
+
 def write_figures(folder, average, AP=None, name="figures.json"):
     folder.mkdir(parents=True)
     (folder / name).write_text(json.dumps({"average": average, "AP": AP or {"a": [average]}}))
 
 
 def test_every_row_names_a_run_and_has_a_figure_of_the_paper_for_every_column():
-    assert {int(line.split()[0]) for line in reproduce.ROWS[1:]} == set(reproduce.TABLES)
+    assert {int(line.split()[0]) for line in reproduce.ROWS} == set(reproduce.TABLES)
     for number, (_, columns) in reproduce.TABLES.items():
         for line in (line for line in reproduce.ROWS if line.startswith(f"{number} ")):
             _, run, file, *paper, label = line.split(maxsplit=3 + len(columns))
-            assert run in reproduce.RUNS and file in reproduce.COMMANDS and len(paper) == len(columns) and label[0].isalpha(), line
+            args = train.get_args([f"--{run}"])
+            assert f"{args.ablation or args.lambda_lang}".removesuffix(".0") == run.split("=")[1].removesuffix(".0")
+            assert file in reproduce.COMMANDS and len(paper) == len(columns) and label[0].isalpha(), line
             assert all(figure == "-" or float(figure) < 100 for figure in paper), line
 
 
 def test_a_report_from_figures_that_are_there_runs_nothing(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(reproduce, "command", lambda *a: pytest.fail("there was nothing to run"))
     monkeypatch.setattr(reproduce, "make_demo", lambda folder: None)
-    for i, run in enumerate(("labels", "vision-tokens", "shared-token", "without-tg", "full")):
+    for i, run in enumerate(("ablation=labels-only", "ablation=vision-tokens", "ablation=shared-token", "ablation=without-tg",
+                             FULL)):
         for seed in (0, 1):
             write_figures(tmp_path / f"{run}-seed{seed}", 0.9 + 0.01 * i + 0.02 * seed,
-                          name="bias.json" if run == "full" else "figures.json")
+                          name="bias.json" if run == FULL else "figures.json")
     assert reproduce.main(["--out", str(tmp_path), "--only", "9", "--seeds", "0", "1"]) == 0
     text = (tmp_path / "report.md").read_text()
     assert "| without descriptions | 91.0 ± 1.4 (70.7) |" in text and "| full | 95.0 ± 1.4 (72.0) |" in text
@@ -40,28 +46,30 @@ def test_a_report_from_figures_that_are_there_runs_nothing(tmp_path, capsys, mon
 
 def test_needed_runs_are_those_of_the_tables_once_each():
     files = reproduce.needed([2, 3])
-    assert list(files) == ["vision-only", "full", "language-only", "without-adv"]
-    assert files["full"] == ["bias.json", "groups.json", "qa.json"] and "figures.json" in files["vision-only"]
+    assert list(files) == [FULL, "ablation=only-language", "lambda-lang=0", "ablation=without-adv"]
+    assert files[FULL] == ["bias.json", "groups.json", "qa.json"] and "figures.json" in files["lambda-lang=0"]
+    assert "figures.json" in reproduce.needed([4])["lambda-lang=0"] and "lambda-lang=0" not in reproduce.needed([9])
 
 
-def test_hard_classes_are_the_worst_third_of_the_vision_only_run(tmp_path):
-    write_figures(tmp_path / "vision-only-seed0", 0, {name: [value, value] for name, value in zip("abcdef", (.9, .1, .5, .6, .8, .3))})
-    write_figures(tmp_path / "full-seed0", 0, {"a": [0, 0], "b": [.2, .4], "c": [0, 0], "d": [0, 0], "e": [0, 0], "f": [.6, .8]})
-    args = SimpleNamespace(out=tmp_path, seeds=[0])
-    assert reproduce.cell(args, "full", "figures.json", ["hard"], "40.1") == "50.0 (40.1)"
-    assert reproduce.cell(args, "full", "figures.json", ["groups", "easy", "mLA"], "-") == "-"
+def test_a_cell_is_the_mean_over_the_seeds_without_missing_figures(tmp_path):
+    for seed, hard in enumerate(({"mAP": 0.4}, {"mAP": 0.6}, {"mAP": None})):
+        write_figures(tmp_path / f"{FULL}-seed{seed}", 0)
+        (tmp_path / f"{FULL}-seed{seed}/groups.json").write_text(json.dumps({"groups": {"hard": hard}}))
+    args = SimpleNamespace(out=tmp_path, seeds=[0, 1, 2])
+    assert reproduce.cell(args, FULL, "groups.json", "groups hard mAP", "40.1") == "50.0 ± 14.1 (40.1)"
+    assert reproduce.cell(args, FULL, "groups.json", "groups easy mLA", "-") == "-"
 
 
 def test_thirds_of_the_classes_are_easy_and_hard(tmp_path, monkeypatch):
     def command(args, folder, program, *flags):
         assert flags[flags.index("--hard") + 1] == .5 and flags[flags.index("--easy") + 1] == .8     # below .5: .1, .3; from .8 on: .8, .9
         flags[-1].write_text("{}")
-    write_figures(tmp_path / "vision-only-seed0", 0, {name: [value] for name, value in zip("abcdef", (.9, .1, .5, .6, .8, .3))})
-    (tmp_path / "full-seed0").mkdir()
-    (tmp_path / "full-seed0" / "report.png").touch()
+    write_figures(tmp_path / "lambda-lang=0-seed0", 0, {name: [value] for name, value in zip("abcdef", (.9, .1, .5, .6, .8, .3))})
+    (tmp_path / f"{FULL}-seed0").mkdir()
+    (tmp_path / f"{FULL}-seed0" / "report.png").touch()
     monkeypatch.setattr(reproduce, "command", command)
-    reproduce.run(SimpleNamespace(out=tmp_path), {"full": ["groups.json"]}, "full", 0)
-    assert [p.name for p in (tmp_path / "full-seed0").glob("*.json*")] == ["groups.json"]
+    reproduce.run(SimpleNamespace(out=tmp_path), {FULL: ["groups.json"]}, FULL, 0)
+    assert [p.name for p in (tmp_path / f"{FULL}-seed0").glob("*.json*")] == ["groups.json"]
 
 
 class InThisThread:
@@ -85,12 +93,12 @@ def test_two_runs_are_resumed_and_not_repeated(tmp_path, monkeypatch, capsys):
 
     def here(args, folder, script, *flags):
         ran.append((folder.name, script, *flags))
-        main = {"train.py": train, "evaluate.py": evaluate, "experiments.bias": bias,
-                "experiments.question_answering": question_answering}[script].main
+        main = {"train.py": train, "evaluate.py": evaluate, "experiments/bias.py": bias,
+                "experiments/question_answering.py": question_answering}[script].main
         assert main([*map(str, flags)]) == 0
     monkeypatch.setattr(reproduce, "command", here)
     monkeypatch.setattr(reproduce, "ThreadPoolExecutor", InThisThread)
-    monkeypatch.setattr(reproduce, "ROWS", [row for row in reproduce.ROWS if row.split()[1] in ("table", "vision-only", "full")])
+    monkeypatch.setattr(reproduce, "ROWS", [row for row in reproduce.ROWS if row.split()[1] in ("lambda-lang=0", FULL)])
     flags = ["--out", str(tmp_path / "out"), "--seeds", "0", "--epochs", "1", "--only", "3", "5", "--jobs", "1", "--",
              "--videos", str(tmp_path / "data/videos"), "--annotations", str(tmp_path / "data/annotations.json"),
              "--descriptions", str(tmp_path / "data/descriptions.json")]
@@ -99,10 +107,10 @@ def test_two_runs_are_resumed_and_not_repeated(tmp_path, monkeypatch, capsys):
     assert "| full |" in text and "## Table 5: incomplete actions" in text
     assert [script for _, script, *_ in ran].count("train.py") == 2
     ran.clear()
-    (tmp_path / "out" / "full-seed0" / "report.png").unlink()            # as if it had been stopped at the end
-    (tmp_path / "out" / "full-seed0" / "incomplete.json").unlink()
+    (tmp_path / "out" / f"{FULL}-seed0" / "report.png").unlink()            # as if it had been stopped at the end
+    (tmp_path / "out" / f"{FULL}-seed0" / "incomplete.json").unlink()
     assert reproduce.main(flags) == 0
-    assert [(name, script) for name, script, *_ in ran] == [("full-seed0", "train.py"), ("full-seed0", "experiments.bias")]
+    assert [(name, script) for name, script, *_ in ran] == [(f"{FULL}-seed0", "train.py"), (f"{FULL}-seed0", "experiments/bias.py")]
     assert "--resume" in ran[0] and "--incomplete" in ran[1]
 
 
@@ -119,6 +127,6 @@ def test_commands_run_in_the_folder_of_the_caller(tmp_path, monkeypatch):
     args = SimpleNamespace(jobs=2)
     (tmp_path / "run").mkdir()
     (tmp_path / "run/checkpoint.safetensors").write_text("x")
-    with pytest.raises(InputError, match=r"(?s)experiments.bias ended with code 2 in r;.*bias.py: error: run/checkpoint.safetensors: "):
-        reproduce.command(args, reproduce.Path("r"), "experiments.bias", "--checkpoint", "run")
-    assert (tmp_path / "r/commands.log").read_text().startswith("$ -m experiments.bias --checkpoint run")
+    with pytest.raises(InputError, match=r"(?s)experiments/bias.py ended with code 2 in r;.*bias.py: error: run/checkpoint.safetensors: "):
+        reproduce.command(args, reproduce.Path("r"), "experiments/bias.py", "--checkpoint", "run")
+    assert (tmp_path / "r/commands.log").read_text().startswith(f"$ {reproduce.ROOT}/experiments/bias.py --checkpoint run")
