@@ -261,21 +261,19 @@ def make_dataset(videos, classes, args, feature_dim, training=False):
     return TALDataset(videos, classes, training=training, image_size=image_size,
                       feature_dim=feature_dim, **options)
 
-def load_data(args, feature_dim=None):
-    """(training set, test set, descriptions) from train.py's flags.
-    feature_dim: V of a trained model (None: to train one; V is that of the first video)."""
-    (training, test), descriptions = load_sets(args, ["train_subset", "test_subset"], feature_dim)
-    if feature_dim is None:
-        check_training(training, test, args)
+def load_data(args):
+    """(training set, test set, descriptions) from train.py's flags."""
+    (training, test), descriptions = load_sets(args, ["train_subset", "test_subset"])
+    check_training(training, test, args)
     return training, test, descriptions
 
 def load_test_data(args, config):
     """The test set alone, with the classes of a trained model, or InputError for other labels.
     args: flags of its training, perhaps with other files. config: its model.Config."""
-    return load_sets(args, ["test_subset"], config.feature_dim, config.descriptions)[0][0]
+    return load_sets(args, ["test_subset"], config.descriptions, config.feature_dim)[0][0]
 
-def load_sets(args, flags, V, descriptions=None):
-    """(datasets of the subsets that flags name, descriptions: by default those of the labels)."""
+def load_sets(args, flags, descriptions=None, V=0):
+    """(datasets of the subsets that flags name, descriptions). V: width of features (0: theirs)."""
     if args.dataset == "demo":
         make_demo(Path(args.annotations).parent)
     notes = []
@@ -293,7 +291,7 @@ def load_sets(args, flags, V, descriptions=None):
     data = []
     for flag, part in zip(flags, sets):
         training = flag == "train_subset"
-        data.append(make_dataset(part, descriptions, args, V or 0, training))
+        data.append(make_dataset(part, descriptions, args, V, training))
     for note in notes + check_rows(*data):
         print(f"note: {note}", file=sys.stderr)
     return data, descriptions

@@ -25,7 +25,7 @@ from model import ActionVLM, Config
 from support import checkpoint, commands, figures, flags, processes, results, summary
 from support.annotations import expect
 from support.language_models import language_config
-from support.weights import TINY_VISION, vision_config
+from support.weights import vision_config
 
 def vision_only_epoch(model, batches, backpropagate, resumed=False):
     """Algorithm 1, lines 1-8: train without language, and note the mean loss of every class."""
@@ -249,11 +249,7 @@ def run(args):
 
 def build_config(args, training_set, descriptions):
     """The model's Config from flags and data."""
-    vision = {}
-    if args.videos and args.vision == "tiny":
-        vision = dict(TINY_VISION, image_size=args.image_size)
-    elif args.videos:
-        vision = vision_config(args.vision, args.image_size)
+    vision = vision_config(args.vision, args.image_size) if args.videos else {}
     same = ("lora_rank", "lora_alpha", "dtype", "layout", "language_stride", "width", "levels",
             "head_window", "ranges", "drop_path", "prior", "lambda_loc", "label_smoothing")
     return Config(descriptions, "" if args.lambda_lang == 0 else args.lm,

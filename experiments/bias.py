@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from advantage import language_advantage
-from data import batch_loader, load_data
+from data import batch_loader, load_test_data
 from evaluate import detect, mean_average_precision, open_checkpoint, score
 from experiments.ablations import rotated
 from head import detection_loss
@@ -49,7 +49,7 @@ def open_run(args, language: bool = True) -> tuple:
            "a model with language", "one trained with --lambda-lang 0",
            "give another model; only --groups and --incomplete of experiments.bias need none")
     train_args.tiou = args.tiou or train_args.tiou
-    return model, train_args, out, load_data(train_args, model.config.feature_dim)[1]
+    return model, train_args, out, load_test_data(train_args, model.config)
 
 def score_bias(args) -> None:
     """Print the test table, mLA, and LAP; with --groups Table 3 instead of LAP."""
@@ -150,7 +150,7 @@ def score_incomplete(args) -> None:
     flags.train_subset = flags.test_subset = "incomplete"
     flags.dataset = "custom" if args.incomplete else "demo"
     flags.annotations = args.incomplete or f"{Path(flags.annotations).parent}/incomplete.json"
-    test = load_data(flags, model.config.feature_dim)[1]
+    test = load_test_data(flags, model.config)
     actions = to_ground_truth(test.videos)
     metrics = ambiguity_metrics(detect(model, test, flags).predictions, actions)
     print(f"{count(actions)} incomplete actions in {len(actions)} videos, in percent: "

@@ -3,7 +3,7 @@
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from pathlib import Path
 
-from data import load_data, make_dataset
+from data import load_test_data, make_dataset
 from evaluate import Detections, detect, open_checkpoint
 from experiments.question_answering import answer
 from support.annotations import expect, first_ten
@@ -30,7 +30,7 @@ def compare(args) -> None:
         if path.is_file():
             videos = [single_video(path, width, train_args, train_args.fps)]
         else:
-            test = load_data(train_args, width)[1].videos
+            test = load_test_data(train_args, model.config).videos
             videos = [one for one in test if one.name == args.video]
             expect(videos, f"--video {path}", "a file, or a video of the test set", "neither",
                    f"there are {first_ten([one.name for one in test])}")

@@ -6,7 +6,6 @@ import torch
 from support.annotations import InputError
 from support.presets import PRESETS, get_preset
 from support.video import read_manifests
-from support.weights import TINY_VISION
 
 TIOU = [0.3, 0.4, 0.5, 0.6, 0.7]
 ABLATIONS = ("only-language", "labels-only", "shuffled-descriptions", "vision-tokens",
@@ -47,9 +46,6 @@ def train_args(description: str, argv=None) -> Namespace:
         parser.error(f"--levels: expected {len(args.ranges)} as the preset, found {args.levels}")
     if args.width % 4:
         parser.error(f"--width: expected a multiple of 4, the heads, found {args.width}")
-    patch = TINY_VISION["patch_size"]
-    if args.videos and args.vision == "tiny" and args.image_size % patch:
-        parser.error(f"--image-size: expected a multiple of {patch}, found {args.image_size}")
     return args
 
 def data_and_model_flags(group) -> None:

@@ -28,14 +28,7 @@ def main(argv=None):
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
     sets, held_out = read_descriptions()
-    tokenizer = make_tokenizer([*map(instruction, sets), ANSWER, NO_ACTION])
-    # With a pad_token_id, the embedding of END would be 0, and the tied output could not write it.
-    model = Qwen2ForCausalLM(Qwen2Config(
-        vocab_size=len(tokenizer), hidden_size=DIM, intermediate_size=3 * DIM, num_hidden_layers=4,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=32768,
-        tie_word_embeddings=True, eos_token_id=tokenizer.eos_token_id, pad_token_id=None))
-    # Wider than transformers' 0.02, or the layers drown what they read.
-    torch.nn.init.normal_(model.get_input_embeddings().weight, std=DIM ** -0.5)
+    model, tokenizer = make_tiny_lm(args.out, [*map(instruction, sets), ANSWER, NO_ACTION])
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, args.steps, pct_start=0.05)
     for step in range(args.steps):
@@ -55,7 +48,6 @@ def main(argv=None):
         loss = model(labels.clamp(min=0), labels=labels).loss
     print(f"{len(held_out)} held-out sentences: {loss:.3f} nats a token")
     model.to(torch.bfloat16).save_pretrained(args.out)
-    tokenizer.save_pretrained(args.out)
 
 def read_descriptions():
     """[{label: sentence}] of descriptions/, and every 20th line, which training does not see."""
@@ -66,6 +58,20 @@ def read_descriptions():
         del lines[7::20]
         sets.append(dict(lines))
     return sets, [f"{label}: {sentence}" for label, sentence in held_out if sentence]
+
+def make_tiny_lm(folder, texts, dim=DIM):
+    """Write an untrained model with a tokenizer of `texts` into a folder -> both."""
+    tokenizer = make_tokenizer(texts)
+    # With a pad_token_id, the embedding of END would be 0, and the tied output could not write it.
+    model = Qwen2ForCausalLM(Qwen2Config(
+        vocab_size=len(tokenizer), hidden_size=dim, intermediate_size=3 * dim, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=32768,
+        tie_word_embeddings=True, eos_token_id=tokenizer.eos_token_id, pad_token_id=None))
+    # Wider than transformers' 0.02, or the layers drown what they read.
+    torch.nn.init.normal_(model.get_input_embeddings().weight, std=dim ** -0.5)
+    tokenizer.save_pretrained(folder)
+    model.save_pretrained(folder)
+    return model, tokenizer
 
 def make_tokenizer(texts):
     """Byte-level BPE, digit by digit; it takes any text."""

@@ -12,7 +12,6 @@ import evaluate
 import train
 from support import checkpoint
 
-
 def project(folder, classes=("Jump", "Run"), names="abcd"):
     """Random features of width 6, 80 steps a video at stride 4 of 30 fps; the last two videos are for the test."""
     rng = np.random.default_rng(0)
