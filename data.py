@@ -202,12 +202,12 @@ def truncate_segments(segments, start, length, beyond, min_overlap):
     kept = np.flatnonzero((inside > 0) & enough)
     return cut[kept] - start, kept
 
-def random_window(T, L, segments, min_overlap, beyond, rng, crop=(0.9, 1.0), tries=200):
+def random_window(T, L, segments, min_overlap, beyond, rng):
     """(start, length) of a training window: L steps of a long video, 90-100 % of a short one.
     It is drawn again until it holds an action, if the video has any."""
-    shortest, longest = (max(1, round(share * T)) for share in crop)
-    length = L if T > L else int(rng.integers(shortest, longest + 1))
-    for _ in range(tries):
+    shortest = max(1, round(0.9 * T))
+    length = L if T > L else int(rng.integers(shortest, T + 1))
+    for _ in range(200):
         start = int(rng.integers(0, T - length + 1))
         kept = truncate_segments(segments, start, length, beyond, min_overlap)[1]
         if len(kept) or not len(segments):
@@ -257,9 +257,8 @@ def make_dataset(videos, classes, args, feature_dim, training=False):
     """A TALDataset by train.py's flags, of video files (feature_dim 0) or of features."""
     same = ("window", "stride", "num_frames", "min_overlap", "seed", "frames_per_step", "resize_to")
     options = {name: getattr(args, name) for name in same}
-    image_size = args.image_size if args.videos else 0
-    return TALDataset(videos, classes, training=training, image_size=image_size,
-                      feature_dim=feature_dim, **options)
+    return TALDataset(videos, classes, training=training, feature_dim=feature_dim,
+                      image_size=args.image_size if args.videos else 0, **options)
 
 def load_data(args):
     """(training set, test set, descriptions) from train.py's flags."""

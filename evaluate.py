@@ -5,9 +5,8 @@
     python evaluate.py --checkpoint out --video DIR --csv out.csv     # of many videos, as a table
     python evaluate.py --ground-truth gt.json --predictions result.json --subset Test
 
-The last line scores the result file of any model. Both files are in ActivityNet's format, and so is
-the protocol, as docs/benchmarks.md describes it in detail. Times are in seconds.
-Dimensions: T tIoU thresholds, C classes, M detections, N segments."""
+The last line scores the result file of any model; docs/benchmarks.md describes the protocol. Times
+are in seconds. Dimensions: T tIoU thresholds, C classes, M detections, N segments."""
 import importlib
 import sys
 from pathlib import Path
@@ -21,7 +20,7 @@ from data import batch_loader, grid_to_seconds, load_test_data, make_dataset
 from head import decode, soft_nms, temporal_iou, vote_segments
 from model import ActionVLM, Config
 from support import checkpoint, commands, figures, flags, results
-from support.annotations import InputError, copies, expect, first_ten, load_external_scores
+from support.annotations import InputError, copies, expect, load_external_scores
 from support.video import own_files, single_video
 
 class Detections(NamedTuple):
@@ -131,7 +130,7 @@ def mean_average_precision(ground_truth, predictions, thresholds):
 def match(detections, truth, thresholds):
     """Which detections of one class are right, in order of score: (T, M) bool.
     detections, truth: {video: (N, 3) start, end, score}."""
-    scores = np.concatenate([np.zeros(0), *(rows[:, 2] for rows in detections.values())])
+    scores = np.vstack([np.zeros((0, 3)), *detections.values()])[:, 2]
     rank = np.empty(len(scores), int)
     order = scores.argsort()[::-1]                 # of ties as in the official toolkit
     rank[order] = np.arange(len(scores))
@@ -180,8 +179,8 @@ def main(argv=None):
 
 def open_checkpoint(args):
     """(model on the device, flags of its training, folder for the output of this command)."""
-    path = checkpoint.find_checkpoint(args.checkpoint)
-    saved = checkpoint.read_checkpoint(path, args.lm)
+    saved = checkpoint.read_checkpoint(args.checkpoint, args.lm)
+    path = saved.path
     commands.replace_data(saved.args, args)
     try:
         model = ActionVLM(Config(**saved.config))
@@ -232,18 +231,11 @@ def find_in_videos(args):
     model, train_args, out = open_checkpoint(args)
     train_args.external_scores = args.external_scores
     V, classes = model.config.feature_dim, model.config.classes
-    files, predictions, failed = own_files(args.video, V), {}, []
-    for path in tqdm(files, "videos", dynamic_ncols=True, disable=None):
-        try:
-            video = single_video(path, V, train_args, args.fps)
-            dataset = make_dataset([video], classes, train_args, V)
-            detections = detect(model, dataset, train_args)
-        except InputError as error:
-            if len(files) == 1:
-                raise
-            tqdm.write(f"evaluate.py: {error}", file=sys.stderr)
-            failed.append(path.name)
-            continue
+    predictions = {}
+    def find(path):
+        video = single_video(path, V, train_args, args.fps)
+        dataset = make_dataset([video], classes, train_args, V)
+        detections = detect(model, dataset, train_args)
         predictions.update(detections.predictions)
         tqdm.write(f"{path}: {video.duration:.1f} s; score of at least {args.min_score}:")
         for segment, label, confidence in zip(*detections.predictions[video.name].values()):
@@ -254,12 +246,13 @@ def find_in_videos(args):
             picture, rows = out / f"{video.name}.png", {"detected": detections}
             figures.one_video(picture, video, rows, model.config.descriptions, args.min_score)
             tqdm.write(f"wrote {picture}")
+    files = own_files(args.video, V)
+    failed = commands.for_each(files, "evaluate.py", find)
     if args.json:
         results.write_result(args.json, predictions)
     if args.csv:
         results.write_csv(args.csv, predictions)
-    expect(not failed, "--video", "files that can be read", f"{len(failed)} of {len(files)} that "
-           f"cannot: {first_ten(failed)}", "the others are done; replace these or leave them out")
+    expect(not failed, "--video", "files that can be read", failed, "the others are done")
 
 if __name__ == "__main__":
     sys.exit(main())

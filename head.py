@@ -1,11 +1,10 @@
 """head.py - M_dh, the detection head (paper §3.5; ActionFormer, Zhang et al. 2022).
 A feature pyramid turns the L frames of a window into points at S temporal scales. Every point says
-which classes it sees (`cls_logits`) and how far away the start and the end of the action are
-(`offsets`). Reading order: the head, its pyramid, the loss (Eq. 6), decoding, soft-NMS.
+which classes it sees (`cls_logits`), and how far away start and end of the action are (`offsets`).
 Dimensions: B batch, L frames of a window, L_s = L / 2^s points of level s, D feature width, W width
 of the pyramid, C classes, S levels, P points of all levels, N segments. Times are in grid units (1
-unit = 1 frame). A mask is False on padding. The input of every convolution, pooling and attention
-is masked: a padded clip gives what it gives alone."""
+unit = 1 frame). The input of every convolution, pooling and attention is masked (False on padding):
+a padded clip gives what it gives alone."""
 import math
 from dataclasses import dataclass, replace
 

@@ -4,8 +4,7 @@
     python train.py --dataset custom --videos DIR --annotations FILE --descriptions FILE
     python train.py ... --dry-run                   # load everything, run two steps, write nothing
     python train.py ... --resume                    # go on from the checkpoint in --out
-    torchrun --nproc_per_node 4 train.py ...        # on several GPUs; --batch-size is of each
-Writes into --out: checkpoint.safetensors, log.jsonl, result.json, report.png."""
+    torchrun --nproc_per_node 4 train.py ...        # on several GPUs; --batch-size is of each"""
 import math
 import sys
 import time
@@ -19,10 +18,10 @@ from tqdm import tqdm
 
 from advantage import advantage_loss, language_advantage
 from data import batch_loader, load_data
-from evaluate import detect, mean_average_precision, score
+from evaluate import detect, score
 from head import detection_loss
 from model import ActionVLM, Config
-from support import checkpoint, commands, figures, flags, processes, results, summary
+from support import checkpoint, commands, figures, flags, processes, summary
 from support.annotations import expect
 from support.language_models import language_config
 from support.weights import vision_config
@@ -164,11 +163,11 @@ class TrainingState:
         predictions = detect(self.model, self.test_set, self.args).predictions
         self.model.load_state_dict(live, strict=False)
         self.model.train()
-        ground_truth = results.to_ground_truth(self.test_set.videos)
-        result = mean_average_precision(ground_truth, predictions, self.args.tiou)
+        result = score(self.out / "result.json", self.test_set, predictions, self.args.tiou)
         average = result["average"]
         log = checkpoint.read_log(self.out / "log.jsonl")
-        if average > max((row.get("mAP", -1) for row in log), default=-1):
+        before = [row["mAP"] for row in log if "mAP" in row]
+        if not before or average > max(before):
             self.save(checkpoint.BEST)
         return average
 
@@ -214,11 +213,12 @@ get_args = partial(flags.train_args, __doc__)
 
 def main(argv=None):
     """Returns the exit code: 0, 2 for a mistake in flags or files, 130 or 143 after a signal."""
-    return commands.run_command("train.py", run, get_args(argv))
+    return commands.run_command("train.py", run, argv)
 
-def run(args):
+def run(argv):
     """Data, model, Algorithm 1, then the evaluation by the first process."""
-    started, out = time.time(), Path(args.out)
+    started, args = time.time(), get_args(argv)
+    out = Path(args.out)
     processes.join(args)
     torch.manual_seed(args.seed)
     with processes.first_one_first():                  # it writes files that others read

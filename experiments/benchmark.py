@@ -21,8 +21,7 @@ from data import Window, collate
 from model import Config
 from support import language_models
 from support.annotations import Video, read_json
-from support.flags import DEVICES, integer
-from support.presets import ROOT
+from support.flags import DEVICES, ROOT, integer
 from support.summary import peak_memory
 
 VISION = {"S": (384, 12, 1536, 6), "B": (768, 12, 3072, 12)}    # width, layers, MLP width, heads

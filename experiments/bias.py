@@ -15,7 +15,7 @@ from data import batch_loader, load_test_data
 from evaluate import detect, mean_average_precision, open_checkpoint, score
 from experiments.ablations import rotated
 from head import detection_loss
-from support.annotations import expect, first_ten, is_number, read_field
+from support.annotations import expect, first_ten, is_number, read_json
 from support.commands import checkpoint_flags, run_command
 from support.flags import real
 from support.results import count, to_ground_truth, write_figures
@@ -112,12 +112,12 @@ def read_reference(words: list) -> dict:
     """Words of --groups -> {class: mean AP of a vision-only run}, {} if no word is a file."""
     files = [str(word) for word in words if word != "thumos14"]
     expect(len(files) < 2, "--groups", "thumos14, FILE or both", " ".join(files), "leave one out")
-    AP = read_field(files[0], "AP") if files else {}
+    AP = read_json(files[0], "AP")["AP"] if files else {}
     for name, row in AP.items():
         good = isinstance(row, list) and row and all(map(is_number, row))
         expect(good, f"--groups {files[0]}: AP of '{name}'", "a list of numbers", row,
                "write the file by evaluate.py --checkpoint DIR --json FILE")
-    return {name: float(np.mean(row)) for name, row in AP.items()}
+    return {name: float(np.mean(np.array(row, float))) for name, row in AP.items()}
 
 def score_groups(result: dict, reference: dict, args, frames, dataset) -> dict:
     """Print Table 3 -> {level: {"classes", "mAP", "gain", "mLA"}}, None where one is missing."""
@@ -161,9 +161,8 @@ def score_incomplete(args) -> None:
 def ambiguity_metrics(predictions: dict, actions: dict) -> dict:
     """Table 5 (A.1): how cautious a model is on actions that are begun and not completed.
     Of the detections of an action that overlap it, the one with the highest score counts, else 0.
-    "mConf": "the mean predicted confidence", its score
-    "mLen": "the mean normalized span length", its part inside the action / the action's length
-    "acc@0.3", ...: "the proportion of predictions with span lengths below the threshold" """
+    mConf: mean score. mLen: mean of (part inside the action / the action's length). acc@0.3, ...:
+    share of actions whose length is below the threshold."""
     best = []
     for video, begun in actions.items():
         for (start, end), label in zip(*begun.values()):

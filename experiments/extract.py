@@ -1,9 +1,9 @@
 """experiments/extract.py - features of videos by a vision encoder, to train without it.
 
     python -m experiments.extract --videos DIR --vision FILE --out DIR
-Every video gives NAME.npy (T, V): row l is what the encoder gives end to end for step l, or the
-mean of that where windows overlap. Beside them, manifest.json holds the settings and the fps of
-every video; train.py reads it. Videos whose file is there are not read again, after a stop."""
+
+Row l of NAME.npy (T, V) is what the encoder gives end to end for step l, or the mean where windows
+overlap. train.py reads manifest.json: stride, and fps of the videos. A stopped command goes on."""
 import json
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
@@ -11,18 +11,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from data import TALDataset, batch_loader
 from model import VisionEncoder
-from support.annotations import InputError, Video, expect, read_json
+from support.annotations import Video, expect, read_json
 from support.checkpoint import written_whole
-from support.commands import run_command
+from support.commands import for_each, run_command
 from support.flags import BELOW_1, DEVICES, GPUS, integer, real
 from support.video import VIDEO_SUFFIXES, probe
 from support.weights import vision_config
 
-SETTINGS = ("vision", "stride", "num_frames", "window", "overlap", "image_size", "dtype")
+SETTINGS = ("vision", "stride", "window", "overlap", "image_size", "dtype")
 
 def main(argv=None):
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
@@ -37,7 +36,6 @@ def main(argv=None):
     flag("--dtype", choices=["float32", "bfloat16"], default="bfloat16" if GPUS else "float32")
     flag("--device", choices=DEVICES, default=DEVICES[0])
     flag("--workers", type=integer(0, 1024), default=0, help="processes that read videos")
-    parser.set_defaults(num_frames=0)                          # row l stands for one frame
     return run_command("extract.py", extract, parser.parse_args(argv))
 
 def extract(args) -> None:
@@ -46,31 +44,28 @@ def extract(args) -> None:
     expect(paths, args.videos, f"a folder of video files ({'/'.join(VIDEO_SUFFIXES)})", "none")
     args.out.mkdir(parents=True, exist_ok=True)
     file, settings = args.out / "manifest.json", {name: getattr(args, name) for name in SETTINGS}
+    settings["num_frames"] = 0                                 # row l stands for one frame
     manifest = read_json(file) if file.exists() else {**settings, "videos": {}}
-    before = {name: manifest.get(name) for name in SETTINGS}
+    before = {name: manifest.get(name) for name in settings}
     expect(before == settings, file, f"{settings}", f"{before}", "give the same flags or folder")
     torch.manual_seed(0)                       # random weights are those of train.py --seed 0
-    encoder, failed = VisionEncoder(vision_config(args.vision, args.image_size)), []
+    encoder = VisionEncoder(vision_config(args.vision, args.image_size))
     if args.vision != "tiny":
         encoder.load(args.vision)
     encoder.to(args.device).eval()
-    for path in tqdm(paths, "extract", dynamic_ncols=True, disable=None):
-        if path.stem in manifest["videos"] and (args.out / f"{path.stem}.npy").exists():
-            continue
-        try:
-            video = Video(path.stem, *probe(path), path=path)
-            rows = encode(encoder, video, args)
-        except InputError as error:                            # the others go on
-            tqdm.write(f"extract.py: {error}", file=sys.stderr)
-            failed.append(path.name)
-            continue
-        with written_whole(args.out / f"{video.name}.npy") as beside:
+
+    def extract_one(path):
+        target, video = args.out / f"{path.stem}.npy", Video(path.stem, *probe(path), path=path)
+        if video.name in manifest["videos"] and target.exists():
+            return
+        rows = encode(encoder, video, args)
+        with written_whole(target) as beside:
             np.save(beside, rows)
         manifest["videos"][video.name] = video.fps
         with written_whole(file) as beside:
             beside.write_text(json.dumps(manifest, indent=1) + "\n")
-    expect(not failed, args.videos, "videos that can be read", f"{len(failed)} that cannot: "
-           f"{', '.join(failed)}", "replace them and start the same command again")
+    failed = for_each(paths, "extract.py", extract_one)
+    expect(not failed, args.videos, "videos that can be read", failed, "then start again")
     print(f"{len(paths)} videos, features of width {encoder.dim} in {args.out}")
 
 @torch.no_grad()

@@ -93,10 +93,9 @@ def parse_proposals(text: str, classes: list) -> list:
     return [(name, int(start), int(end)) for name, start, end in named if name is not None]
 
 def hallucination_rates(answers: list, beyond: float) -> dict:
-    """Table 2: shares of windows with a hallucination. The paper has these words, but no formula.
-    "fixed outputs with obviously fake boundaries regardless of input": the proposals also answer
-    another window, or one ends before it starts, or more than `beyond` steps after the window.
-    "infinite listing or repeating segments": no end by itself, or one proposal three times."""
+    """Table 2: shares of windows with a hallucination; the paper has no formula. Fixed: the answer
+    is that of another window, too, or a proposal ends before it starts, or more than `beyond` steps
+    after the window. Infinite: no end by itself, or one proposal three times."""
     same_list = Counter(tuple(one["proposals"]) for one in answers)
     fixed = infinite = 0
     for one in answers:

@@ -14,27 +14,23 @@ from itertools import product
 from pathlib import Path
 from statistics import mean, stdev
 
-from experiments.bias import LEVELS, read_reference
+from experiments.bias import read_reference
 from support.annotations import InputError, expect, is_number, read_json
 from support.checkpoint import written_whole
 from support.commands import run_command
 from support.demo import make_demo
-from support.flags import integer
-from support.presets import PRESETS, ROOT
+from support.flags import PRESETS, ROOT, integer
 
 ALONE = "lambda-lang=0"          # the vision-only run, which tells easy and hard classes
 COMMANDS = {"figures.json": "evaluate.py", "qa.json": "experiments/question_answering.py",
             "bias.json": "experiments/bias.py", "groups.json": "experiments/bias.py --groups",
             "incomplete.json": "experiments/bias.py --incomplete"}
-TABLES = {                       # title, figures of its columns by their keys in a file
-    2: ("modality bias and hallucinations",
-        ["average", "hallucination fixed", "hallucination infinite", "LAP"]),
-    3: ("by visual ambiguity",
-        [f"groups {level} {key}" for level in LEVELS for key in ("mAP", "gain", "mLA")]),
-    4: ("weight lambda (paper's hard: Billiards, FrisbeeCatch)", ["average", "groups hard mAP"]),
-    5: ("incomplete actions", ["mConf", "mLen", "acc@0.3", "acc@0.5", "acc@0.7"]),
-    9: ("descriptions, tokens, text generation", ["average"])}
-ROWS = (ROOT / "experiments/tables.txt").read_text().splitlines()[1:]
+HEADS, ROWS = (part.splitlines()[1:] for part in
+               (ROOT / "experiments/tables.txt").read_text().split("\n\n"))
+TABLES = {}                      # {number: (title, figures of its columns by keys in a file)}
+for head in HEADS:
+    number, title, columns = head.split(" | ")
+    TABLES[int(number)] = title, columns.split(", ")
 
 def main(argv=None):
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)

@@ -250,10 +250,6 @@ def read_json(path, *fields: str) -> dict:
     check_fields(path, content, *fields)
     return content
 
-def read_field(path, name: str) -> dict:
-    """The object `name` of a JSON file."""
-    return read_json(path, name)[name]
-
 def is_number(value) -> bool:
     """A finite number that fits in a float, or the text of one; True and False are none."""
     try:

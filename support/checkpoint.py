@@ -68,7 +68,9 @@ def resume(path: Path, state) -> None:
 
 def read_checkpoint(path, lm: str | None = None) -> argparse.Namespace:
     """Read a checkpoint: config, args, progress, tensors. InputError for any other file. The
-    language model is expected in the folder `lm`, else beside the checkpoint or where it was."""
+    language model is expected in the folder `lm`, else beside the checkpoint or where it was.
+    path: of the file, or of the folder of a run."""
+    path = Path(path) / FILES[0] if Path(path).is_dir() else Path(path)
     try:
         with safe_open(str(path), framework="pt") as file:
             header = file.metadata() or {}
@@ -76,9 +78,9 @@ def read_checkpoint(path, lm: str | None = None) -> argparse.Namespace:
         config, args, progress = (json.loads(header[key]) for key in ("config", "args", "progress"))
         int(progress["epoch"]), int(progress["step"]), int(progress["windows"])
         if config["lm"]:
-            beside = Path(path).with_name(Path(config["lm"]).name)
+            beside = path.with_name(Path(config["lm"]).name)
             config["lm"] = lm or str(beside if beside.exists() else config["lm"])
-        return argparse.Namespace(config=config, args=argparse.Namespace(**args),
+        return argparse.Namespace(path=path, config=config, args=argparse.Namespace(**args),
                                   progress=progress, tensors=tensors)
     except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
         found = f"no field {error} in its header" if isinstance(error, KeyError) else f"{error}"
@@ -98,9 +100,7 @@ def restore(model, path, tensors: dict) -> None:
     model.load_state_dict(tensors, strict=False)
 
 def initialise(model, path) -> None:
-    """Take the weights of another run that fit by name and shape; print what starts anew. Its
-    weights of classes fit if it has the same classes."""
-    path = find_checkpoint(path)
+    """Take the weights of another run that fit by name, shape and classes; print the new ones."""
     saved = read_checkpoint(path)
     own, weights = model_state(model), averaged(saved)
     fits = {name: t for name, t in weights.items() if name in own and own[name].shape == t.shape}
@@ -109,10 +109,6 @@ def initialise(model, path) -> None:
     model.load_state_dict(fits, strict=False)
     new = [name for name in own if name not in fits]
     print(f"--init {path}: {len(fits)} tensors taken; start anew: {first_ten(new)}")
-
-def find_checkpoint(path) -> Path:
-    """The file of a checkpoint: the path itself, or the last one of a run's folder."""
-    return Path(path) / FILES[0] if Path(path).is_dir() else Path(path)
 
 def model_state(model) -> dict:
     """Trained parameters and buffers; the frozen language model stays where it is."""

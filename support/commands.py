@@ -5,8 +5,9 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
+from tqdm import tqdm
 
-from support.annotations import InputError, expect
+from support.annotations import InputError, expect, first_ten
 from support.checkpoint import Stopped
 from support.flags import ABOVE_0, DEVICES, real
 
@@ -17,8 +18,7 @@ def evaluate_args(description: str, argv=None) -> Namespace:
     parser = ArgumentParser(description=description, formatter_class=RawDescriptionHelpFormatter)
     flag = parser.add_argument
     checkpoint_flags(flag)
-    flag("--video", nargs="+", type=Path, metavar="PATH",
-         help="find the actions in these videos, feature files or folders of them instead")
+    flag("--video", nargs="+", type=Path, help="find actions in these files or folders instead")
     flag("--plot", action="store_true", help="draw every --video to OUT/NAME.png")
     flag("--csv", metavar="FILE", help="write what is found in --video as a table")
     flag("--fps", type=real(0, 1000), default=0.0, help="frames a second of a feature file")
@@ -40,8 +40,7 @@ def checkpoint_flags(flag, **options):
     flag("--out", metavar="DIR", help="folder for results and pictures (default: the checkpoint's)")
     flag("--device", choices=DEVICES, default=DEVICES[0])
     flag("--tiou", type=real(ABOVE_0, 1), nargs="+", help="default: of training, else .3 to .7")
-    flag("--json", metavar="FILE", help="write the figures to FILE, as fractions with all digits; "
-         "with --video, what is found")
+    flag("--json", metavar="FILE", help="write all figures (with --video: what is found) to FILE")
     for name in DATA:
         flag(f"--{name.replace('_', '-')}", nargs="+" if name == "features" else None,
              help="other data than that of the training; see train.py")
@@ -53,6 +52,20 @@ def replace_data(train_args, args) -> None:
         expect(name not in given or getattr(train_args, name), "--checkpoint",
                f"a model of {name}", f"one of {other}", f"give --{other}")
     vars(train_args).update(given)
+
+def for_each(files: list, program: str, work) -> str:
+    """work(file) for each; one that cannot be read is named, and the others go on -> text on them,
+    "" without any. One file alone is an InputError at once."""
+    failed = []
+    for file in tqdm(files, program, dynamic_ncols=True, disable=None):
+        try:
+            work(file)
+        except InputError as error:
+            if len(files) == 1:
+                raise
+            tqdm.write(f"{program}: {error}", file=sys.stderr)
+            failed.append(file.name)
+    return f"{len(failed)} of {len(files)} that cannot: {first_ten(failed)}" if failed else ""
 
 def run_command(program: str, command, *args) -> int:
     """Call command(*args) -> exit code: 0, 2 after a mistake (one line), 128 + n after a signal."""

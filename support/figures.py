@@ -5,7 +5,7 @@ import matplotlib.figure
 import numpy as np
 
 from support.annotations import Video
-from support.video import FEATURE_SUFFIXES, open_features, read_frames
+from support.video import FEATURE_SUFFIXES, open_joined, read_frames
 
 LOSSES = {"loss_cls": "classification (focal)", "loss_loc": "localization (DIoU)",
           "loss_tg": "$L_{tg}$ / 10", "loss_adv": "$L_{adv}$", "lambda_lang": r"mean $\lambda$"}
@@ -38,20 +38,21 @@ def one_video(path, video: Video, found: dict, descriptions: dict, min_score: fl
 def timeline(figure, video: Video, found: dict, descriptions: dict, min_score: float) -> None:
     """Fig. 4, 5: frames or features, truth, a row per model, lambda of the last, descriptions.
     found: {title: evaluate.Detections}. A class has one colour in all pictures of a run."""
-    colours = {name: matplotlib.colormaps["tab20"](i % 20) for i, name in enumerate(descriptions)}
+    names = [*descriptions, "action"]                # the latter of a class-agnostic head
+    colours = {name: matplotlib.colormaps["tab20"](i % 20) for i, name in enumerate(names)}
     figure.suptitle(f"{video.name}: detections with a score of at least {min_score}", fontsize=10)
     heights = [1.3, 0.7, *[1.4] * len(found), 1]
     axes = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
     for axis, label in zip(axes, ("frames", "truth", *found, r"$\lambda_{lang}$")):
         axis.set_ylabel(label, fontsize=9)
     if video.path.suffix.lower() in FEATURE_SUFFIXES:
-        rows = open_features(video.path)
+        rows = open_joined(video)
         image = ((rows - rows.mean(0)) / (rows.std(0) + 1e-6)).T
     else:
         times = (np.arange(16) + 0.5) * video.duration / 16
         image = np.concatenate(read_frames(video.path, times, short_side=96), 1)
-    extent = (0, video.duration, 0, 1)
-    axes[0].imshow(image, aspect="auto", extent=extent, cmap="RdBu", vmin=-3, vmax=3)
+    size = dict(aspect="auto", extent=(0, video.duration, 0, 1))
+    axes[0].imshow(image, "RdBu", vmin=-3, vmax=3, **size)
     axes[0].set(yticks=[])
     draw_bars(axes[1], video.segments, video.labels, video.labels, colours, video.fps)
     names = set(video.labels)
@@ -62,7 +63,7 @@ def timeline(figure, video: Video, found: dict, descriptions: dict, min_score: f
         names.update(labels)
         texts = [f"{label} {rows['scores'][i]:.2f}" for label, i in zip(labels, shown)]
         draw_bars(axis, rows["segments"][shown], labels, texts, colours, video.fps)
-    told = [shorten(f"{name}: {descriptions[name]}", 170) for name in sorted(names)]
+    told = [shorten(f"{name}: {descriptions.get(name)}", 170) for name in sorted(names)]
     axis = axes[-1]
     axis.set(xlim=(0, video.duration))
     axis.set_xlabel("\n".join(["seconds", *told[:6]]), fontsize=8)

@@ -1,12 +1,19 @@
 """support/flags.py - train.py's flags, their types, and checks between them."""
+import json
 from argparse import ArgumentParser, ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
+from contextlib import suppress
+from pathlib import Path
 
 import torch
 
-from support.annotations import InputError
-from support.presets import PRESETS, get_preset
 from support.video import read_manifests
 
+ROOT = Path(__file__).parents[1]
+# Plain values of flags for each data set, end to end; FEATURE_PRESETS change them for features.
+BASE, PRESETS, FEATURE_PRESETS = json.loads((ROOT / "support/presets.json").read_text()).values()
+for preset in PRESETS.values():
+    if preset.get("descriptions", "").startswith("descriptions/"):
+        preset["descriptions"] = str(ROOT / preset["descriptions"])
 TIOU = [0.3, 0.4, 0.5, 0.6, 0.7]
 ABLATIONS = ("only-language", "labels-only", "shuffled-descriptions", "vision-tokens",
              "shared-token", "without-tg", "without-adv")
@@ -20,11 +27,9 @@ def train_args(description: str, argv=None) -> Namespace:
     data_and_model_flags(parser.add_argument_group)
     training_and_run_flags(parser.add_argument_group)
     known = parser.parse_known_args(argv)[0]
-    try:
-        manifest = read_manifests(known.features or [])[0]
-    except InputError as error:
-        parser.error(str(error))
-    parser.set_defaults(**{**get_preset(known.dataset, bool(known.features)), **manifest})
+    manifest = read_manifests(known.features or [])[0]
+    change = FEATURE_PRESETS.get(known.dataset, {}) if known.features else {}
+    parser.set_defaults(**{**BASE, **PRESETS[known.dataset], **change, **manifest})
     args = parser.parse_args(argv)
     if args.features and args.dataset == "demo":
         parser.error("--features: the demo reads videos; say --dataset custom")
@@ -52,8 +57,7 @@ def data_and_model_flags(group) -> None:
     flag = group("data").add_argument
     flag("--dataset", choices=sorted(PRESETS), default="demo", help="preset: support/presets.json")
     flag("--videos", help="folder of video files named as in the annotations: end to end")
-    flag("--features", nargs="+", metavar="DIR",
-         help="folder of NAME.npy, .npz or .pt (T, V), instead of --videos; several are joined")
+    flag("--features", nargs="+", help="folders of NAME.npy, .npz or .pt (T, V), joined")
     flag("--annotations", help="ActivityNet-format JSON, or csv of THUMOS14 or EPIC-Kitchens")
     flag("--descriptions", help="JSON {label: sentence from start pose to end pose}")
     flag("--train-subset", default="training", help="subset name to train on, in any case")
@@ -75,8 +79,7 @@ def data_and_model_flags(group) -> None:
          help="of frozen weights and of encoder's and language model's arithmetic")
     flag("--lora-rank", type=integer(1), default=128, help="rank of the LoRA matrices")
     flag("--lora-alpha", type=real(), default=256, help="LoRA scale times rank")
-    flag("--layout", choices=["frames-first", "text-first"], default="frames-first",
-         help="order of the tokens, see vlm.py")
+    flag("--layout", choices=["frames-first", "text-first"], default="frames-first", help="vlm.py")
     flag("--language-stride", type=integer(1), default=1, help="K frames share one v_l (paper: 1)")
     flag("--lambda-lang", type=lambda_lang, default="learned", metavar="{learned,generated,0..1}",
          help="weight of language: Eq. 4, or a row of Table 4 (0 = vision only)")
@@ -123,11 +126,9 @@ def training_and_run_flags(group) -> None:
 def integer(low: int = 0, high: int = 10 ** 9, kind=int, what="a whole number"):
     """argparse type: a whole number from low to high."""
     def parse(text: str):
-        try:
+        with suppress(ValueError):
             if low <= kind(text) <= high:
                 return kind(text)
-        except ValueError:
-            pass
         raise ArgumentTypeError(f"expected {what} from {low:g} to {high:g}, found {text}")
     return parse
 
@@ -137,6 +138,5 @@ def real(low: float = 0, high: float = 1e9, what="a number"):
 
 def lambda_lang(text: str):
     """argparse type of --lambda-lang."""
-    if text in ("learned", "generated"):
-        return text
-    return real(0, 1, "'learned', 'generated' or a number")(text)
+    number = real(0, 1, "'learned', 'generated' or a number")
+    return text if text in ("learned", "generated") else number(text)

@@ -65,9 +65,8 @@ def load_language_model(folder, dtype: torch.dtype):
 
 def attention_masks(config, mask: torch.Tensor, position: torch.Tensor):
     """The attention_mask of a model: a mask if its layers are of one kind, else {kind: mask}.
-    mask: (B, 1, n, N) bool, True where a query (row), one of the last n tokens, may see a key.
-    position: (B, N), without padding. Sliding layers see keys that are fewer than
-    config.sliding_window positions away. Raises InputError for other kinds of layers."""
+    mask: (B, 1, n, N) bool, True where one of the last n tokens (row) may see a key. position:
+    (B, N), without padding, which the window of sliding layers counts. InputError: other layers."""
     window = getattr(config, "sliding_window", None)
     alike = "sliding_attention" if window else "full_attention"         # as in Mistral, Llama
     kinds = getattr(config, "layer_types", None) or [alike]

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from support import annotations
-from support.annotations import expect, first_ten, read_field, read_segments
+from support.annotations import expect, first_ten, read_json, read_segments
 from support.checkpoint import written_whole
 
 def load_ground_truth(path, subset: str, notes: list | None = None) -> dict:
@@ -21,7 +21,7 @@ def load_ground_truth(path, subset: str, notes: list | None = None) -> dict:
 def load_predictions(path) -> dict:
     """The detections of an ActivityNet-format result file, plain or gzip, or InputError."""
     predictions = {}
-    for video, entries in read_field(path, "results").items():
+    for video, entries in read_json(path, "results")["results"].items():
         predictions[video] = read_segments(f"{path}: results/{video}", entries, "score")
         predictions[video]["scores"] = np.array([float(entry["score"]) for entry in entries])
     return predictions

@@ -1,9 +1,9 @@
 """support/tiny_lm.py - train the language model of `--lm tiny` on this repository's own texts.
 
     python -m support.tiny_lm                 # writes support/tiny-lm/, minutes on one CPU core
-First it reads sequences that stand as frames stand in a prompt: random vectors, each with three
-placeholders after it. A placeholder's hidden state has to be nearest to its own vector, so that
-[cls] looks back at its frame. Then it also reads text: prompts, answers, and repeated pieces."""
+
+First it learns to look back: of random vectors, each with three placeholders after it, the hidden
+state of a placeholder has to be nearest to its own. Then it also reads text."""
 import argparse
 import json
 from pathlib import Path
@@ -17,8 +17,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from support.language_models import TINY_LM
 from vlm import ANSWER, NO_ACTION, instruction, prefix_lm_mask, proposal_text
 
-DIM, BATCH, LENGTH, FRAMES = 128, 16, 256, 16
-END = "<|endoftext|>"
+DIM, BATCH, LENGTH, FRAMES, END = 128, 16, 256, 16, "<|endoftext|>"
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -80,9 +79,9 @@ def make_tokenizer(texts):
     words = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.pre_tokenizer = pre_tokenizers.Sequence([digits, words])
     bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
     bpe.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=2000, special_tokens=[END], show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+        vocab_size=2000, special_tokens=[END], show_progress=False, initial_alphabet=alphabet))
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END, pad_token=END)
 
 def text_loss(model, tokenizer, sets, rng):

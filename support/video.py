@@ -9,7 +9,6 @@ import numpy as np
 import torch
 
 from support.annotations import InputError, Video, expect, first_ten, of_subset, read_json, tidy
-from support.presets import OPENTAD_SUBSETS
 
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov")
 FEATURE_SUFFIXES = (".npy", ".npz", ".pt")
@@ -144,7 +143,7 @@ def read_manifests(folders) -> tuple:
 def choose_sets(videos: list, args, notes: list, flags=("train_subset", "test_subset")) -> list:
     """The videos of the subsets that `flags` name. `notes` gets a sentence on what may surprise."""
     names = [getattr(args, flag) for flag in flags]
-    others = [OPENTAD_SUBSETS.get(args.dataset, vars(args))[flag] for flag in flags]
+    others = [(vars(args).get("opentad_subsets") or vars(args))[flag] for flag in flags]
     there = {video.subset.lower() for video in videos}
     if there.issuperset(others) and not there.issuperset(map(str.lower, names)):
         notes.append(f"{args.annotations}: subsets {' and '.join(others)} are read in place of "
@@ -161,9 +160,8 @@ def choose_sets(videos: list, args, notes: list, flags=("train_subset", "test_su
 def choose_videos(videos: list, subset: str, args, notes: list) -> list:
     """The videos of a subset with files, fps and duration; `notes` names those left out."""
     chosen = of_subset(videos, subset, f"{args.annotations}: apart from --leave-out")
-    features = args.features if isinstance(args.features, list) else [args.features]
     suffixes = VIDEO_SUFFIXES if args.videos else FEATURE_SUFFIXES
-    for folder in map(Path, [args.videos] if args.videos else features):
+    for folder in map(Path, [args.videos] if args.videos else args.features):
         expect(folder.is_dir(), folder, f"a folder of {'/'.join(suffixes)} files", "none")
         entries = sorted(folder.iterdir(), reverse=True)
         files = {p.stem: p for p in entries if p.suffix.lower() in suffixes}
@@ -179,7 +177,7 @@ def choose_videos(videos: list, subset: str, args, notes: list) -> list:
             notes.append(f"{folder}: found {lack}; left out")
         chosen = [replace(v, path=v.path or path, files=[*v.files, path])
                   for v, path in zip(chosen, paths) if path]
-    rates = {} if args.videos else read_manifests(features)[1]
+    rates = {} if args.videos else read_manifests(args.features)[1]
     return [complete(replace(v, fps=float(rates.get(v.path.stem, v.fps))), args) for v in chosen]
 
 def plain(name: str) -> str:
@@ -207,8 +205,7 @@ def own_files(paths: list, feature_dim: int) -> list:
             inside = [file for file in sorted(path.iterdir()) if file.suffix.lower() in suffixes]
         expect(inside, f"--video {path}", f"files of {'/'.join(suffixes)}", "none")
         files += inside
-    names = Counter(file.stem for file in files)
-    twice = [name for name, count in names.items() if count > 1]
+    twice = [name for name, count in Counter(file.stem for file in files).items() if count > 1]
     expect(not twice, "--video", "one file for each name", f"several for {first_ten(twice)}")
     return files
 

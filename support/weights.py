@@ -7,23 +7,17 @@ from pathlib import Path, PurePath
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 import transformers
+from einops import rearrange
 from safetensors.torch import load_file
 from transformers.models.videomae.modeling_videomae import get_sinusoid_encoding_table
 
-from support.annotations import InputError, expect, is_number, read_json, shorten
+from support.annotations import InputError, expect, read_json, shorten
 from support.checkpoint import part
-from support.internvideo2 import ClipEmbeddings, resize_positions
 
-# A VideoMAE that a CPU can train from scratch. The usual range of 0.02 suits wide layers only.
-TINY_VISION = dict(
-    hidden_size=96, num_hidden_layers=2, num_attention_heads=4, intermediate_size=192,
-    image_size=32, patch_size=16, num_frames=16, tubelet_size=2, initializer_range=0.2)
-DEFAULTS = {                    # of the code that each model_type is from
-    "videomae": dict(kind="videomae", image_size=224, patch_size=16),
-    "internvl_vision": dict(kind="internvit", image_size=448, patch_size=14),
-    "intern_vit_6b": dict(kind="internvit", image_size=224, patch_size=14, norm_type="rms_norm",
-                          qkv_bias=False, qk_normalization=True)}
+TINY_VISION, DEFAULTS, LAYOUTS = read_json(Path(__file__).with_name("weights.json")).values()
+ORIGINAL_VIDEOMAE, MMACTION_VIDEOMAE, FOLDER_VIDEOMAE = LAYOUTS["videomae"]
 WHOLE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
          "patch_size", "num_frames", "tubelet_size", "image_size")
 FIELDS = (*WHOLE, "hidden_act", "layer_norm_eps", "norm_type", "attention_bias", "use_qk_norm")
@@ -33,29 +27,6 @@ UNUSED = re.compile(
     r"|(model\.)?(language_model|multi_modal_projector)\.|lm_head\.|mlp1\."    # rest of InternVL
     r"|vision_align\.|text_encoder\.|temp$"                              # rest of InternVideo2
     r"|.*attention\.key\.bias$")       # softmax drops it: the same for all logits of a query
-
-# Patterns that turn a name of our module into the name in a file, one after the other.
-ORIGINAL_VIDEOMAE = {
-    "embeddings.patch_embeddings.projection": "patch_embed.proj", "encoder.layer": "blocks",
-    "attention.attention.(query|key|value).weight": "attn.qkv.weight",
-    "attention.attention.([qv])(uery|alue).bias": r"attn.\1_bias",
-    "attention.output.dense": "attn.proj", "intermediate.dense": "mlp.fc1",
-    "output.dense": "mlp.fc2", "layernorm_before": "norm1", "layernorm_after": "norm2"}
-MMACTION_VIDEOMAE = {                           # the same, but for these names
-    **ORIGINAL_VIDEOMAE, "embeddings.patch_embeddings.projection": "patch_embed.projection",
-    "intermediate.dense": "mlp.layers.0.0", "output.dense": "mlp.layers.1"}
-ORIGINAL_INTERNVIT = {
-    "cls_token": "class_embedding", "position_embeddings": "position_embedding",
-    "patch_embeddings.projection": "patch_embedding", "encoder.layer": "encoder.layers",
-    "attention.[qkv]_proj": "attn.qkv", "attention.projection_layer": "attn.proj",
-    "attention": "attn", "lambda_": "ls", "layernorm_before": "norm1", "layernorm_after": "norm2"}
-ORIGINAL_INTERNVIDEO2 = {                       # the same, but for these names
-    **ORIGINAL_INTERNVIT, "cls_token": "cls_token", "position_embeddings": "pos_embed",
-    "patch_embeddings.projection": "patch_embed.proj", "encoder.layer": "blocks",
-    "embeddings.": "", r"ls(\d)": r"ls\1.gamma"}
-FOLDER_VIDEOMAE = {"([qv])(uery|alue).bias": r"\1_bias"}
-LAYOUTS = {"videomae": [ORIGINAL_VIDEOMAE, MMACTION_VIDEOMAE, FOLDER_VIDEOMAE],
-           "internvit": [ORIGINAL_INTERNVIT, {}], "internvideo2": [ORIGINAL_INTERNVIDEO2]}
 PATCHES = "embeddings.patch_embeddings.projection.weight"
 
 def vision_config(path, image_size: int) -> dict:
@@ -107,7 +78,7 @@ def folder_config(folder: Path) -> dict:
     for name, value in fields.items():
         if isinstance(value, list) and value:
             fields[name] = value = value[0]                            # images are square
-        whole = is_number(value) and value >= 1 and value % 1 == 0
+        whole = type(value) in (int, float) and value >= 1 and value % 1 == 0
         expect(whole or name not in WHOLE, f"{folder}/config.json: {name}",
                "a whole number of at least 1", shorten(value))
     return dict(fields, kind=values["kind"], pretrained_image_size=fields["image_size"])
@@ -135,6 +106,34 @@ def build_encoder(config: dict) -> tuple[torch.nn.Module, int, int]:
     table = get_sinusoid_encoding_table(count, config.hidden_size)             # (1, n, V)
     videomae.embeddings.position_embeddings = resize_positions(table, steps, side)
     return videomae, config.num_frames, config.tubelet_size
+
+class ClipEmbeddings(torch.nn.Module):
+    """InternVideo2: a class token, then the patches by frame, row and column, and their positions.
+    Source: OpenGVLab/InternVideo, folder InternVideo2/single_modality. The table keeps the file's
+    size. config: InternVLVisionConfig with num_frames."""
+    def __init__(self, config):
+        super().__init__()
+        width, patch, self.frames = config.hidden_size, config.patch_size[0], config.num_frames
+        projection = torch.nn.Conv3d(3, width, (1, patch, patch), (1, patch, patch))
+        self.patch_embeddings = torch.nn.ModuleDict({"projection": projection})   # InternViT's
+        self.cls_token = torch.nn.Parameter(torch.zeros(1, 1, width))
+        count = 1 + self.frames * (config.image_size[0] // patch) ** 2
+        self.position_embeddings = torch.nn.Parameter(torch.zeros(1, count, width))
+
+    def forward(self, clips, bool_masked_pos=None):
+        """(B, T, 3, H, H) -> (B, 1 + T h h, V). transformers passes bool_masked_pos, here None."""
+        patches = self.patch_embeddings["projection"](clips.transpose(1, 2))    # (B, V, T, h, h)
+        first, rest = self.position_embeddings.tensor_split([1], dim=1)
+        rest = resize_positions(rest, self.frames, patches.size(-1))
+        class_token = (self.cls_token + first).expand(len(clips), -1, -1)
+        return torch.cat([class_token, patches.flatten(2).mT + rest], 1)
+
+def resize_positions(positions, steps: int, side: int):
+    """Interpolate (1, T h h, V) to (1, T side side, V), each of T steps by itself."""
+    old = round((positions.size(1) / steps) ** 0.5)
+    grid = rearrange(positions, "() (t h w) v -> t v h w", t=steps, h=old)
+    grid = F.interpolate(grid, (side, side), mode="bicubic")
+    return rearrange(grid, "t v h w -> () (t h w) v")
 
 def rename(name: str, layout: dict) -> str:
     """A name of our module -> the name in a file."""

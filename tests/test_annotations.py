@@ -18,7 +18,7 @@ from support.annotations import (
     load_annotations,
     load_external_scores,
 )
-from support.presets import FEATURE_PRESETS, PRESETS
+from support.flags import FEATURE_PRESETS, PRESETS
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.exists(), reason="../shared/data is absent")

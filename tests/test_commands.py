@@ -71,11 +71,11 @@ def test_evaluate_result_file_gives_the_same_table(trained, demo, capsys):
     assert table(capsys.readouterr().out) == table(printed)
 
 
-def test_evaluate_one_video_prints_and_draws(trained, demo, tmp_path):
+def test_evaluate_one_video_prints_and_draws(trained, demo, tmp_path, capsys):
     video = demo[0] / "data/videos/test_001.mp4"
-    done = command("evaluate.py", "--checkpoint", trained[0], "--video", video, "--min-score", 0, "--plot", "--out", tmp_path)
-    assert done.returncode == 0, done.stderr
-    rows = [line for line in done.stdout.splitlines() if " s  " in line]
+    flags = ["--checkpoint", trained[0], "--video", video, "--min-score", 0, "--plot", "--out", tmp_path, "--device", "cpu"]
+    assert evaluate.main([str(flag) for flag in flags]) == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if " s  " in line]
     assert len(rows) > 10 and any(name in rows[0] for name in DEMO_DESCRIPTIONS)
     assert (tmp_path / "test_001.png").read_bytes()[:4] == b"\x89PNG"
 

@@ -84,7 +84,7 @@ def test_class_agnostic_model_with_scores_and_without(run, tmp_path, capsys):
     assert train.main([*flags, "--out", str(out), "--external-scores", str(scores)]) == 0
     shutil.copy(folder / "features/a.npy", tmp_path / "mine.npy")
     found = tmp_path / "found.json"
-    assert on_videos(out, tmp_path / "mine.npy", "--json", found, "--plot") == 0
+    assert on_videos(out, tmp_path / "mine.npy", "--json", found, "--plot", "--min-score", 0) == 0
     assert {row["label"] for row in json.loads(found.read_text())["results"]["mine"]} == {"action"}
     scores.write_text(json.dumps({"results": {"mine": [0.2, 0.8]}, "class": ["Jump", "Run"]}))
     assert on_videos(out, tmp_path / "mine.npy", "--json", found, "--external-scores", scores) == 0

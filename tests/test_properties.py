@@ -18,7 +18,7 @@ from experiments.bias import read_reference
 from experiments.question_answering import parse_proposals
 from support import annotations, checkpoint, results
 from support.annotations import InputError, Video
-from support.presets import BASE
+from support.flags import BASE
 from support.video import open_features
 from vlm import proposal_text
 

@@ -114,12 +114,6 @@ def test_two_runs_are_resumed_and_not_repeated(tmp_path, monkeypatch, capsys):
     assert "--resume" in ran[0] and "--incomplete" in ran[1]
 
 
-def test_a_command_that_fails_is_an_error_with_its_last_lines(tmp_path):
-    args = SimpleNamespace(jobs=2)
-    with pytest.raises(InputError, match=r"(?s)evaluate.py ended with code 2 in .*nowhere.*expected a checkpoint"):
-        reproduce.command(args, tmp_path / "r", "evaluate.py", "--checkpoint", tmp_path / "nowhere")
-
-
 def test_commands_run_in_the_folder_of_the_caller(tmp_path, monkeypatch):
     """Paths after -- are relative to that folder, and modules of the project are found from there."""
     monkeypatch.chdir(tmp_path)

@@ -14,7 +14,7 @@ from data import TALDataset
 from head import detection_loss
 from support import checkpoint
 from support.annotations import InputError, Video
-from support.presets import FEATURE_PRESETS, PRESETS
+from support.flags import FEATURE_PRESETS, PRESETS
 from support.weights import TINY_VISION
 from train import TrainingState, lr_factor, vision_language_epoch, vision_only_epoch
 

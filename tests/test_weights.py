@@ -15,7 +15,6 @@ from safetensors.torch import save_file
 from model import VisionEncoder
 from support import weights
 from support.annotations import InputError
-from support.internvideo2 import resize_positions
 
 GOLDEN = Path(__file__).parents[2] / "shared" / "golden" / "internvideo2"      # absent in CI
 V, LAYERS, HEADS, MLP = 128, 2, 2, 512                  # two heads: 128 / 64
@@ -505,7 +504,7 @@ def test_internvideo2_gives_the_outputs_of_the_authors_code(tmp_path, name, fram
             steps, side = map(int, key.removeprefix("pos_interp.t").split("_g"))
             if steps != 8:
                 continue                                                         # clips have the 8 frames of training
-            found = resize_positions(golden["pos_pretrained"][:, 1:], steps, side)
+            found = weights.resize_positions(golden["pos_pretrained"][:, 1:], steps, side)
             torch.testing.assert_close(found, golden[key][:, 1:], atol=2e-5, rtol=0)
 
 
