@@ -137,6 +137,5 @@ def real(low: float = 0, high: float = 1e9, what="a number"):
     return integer(low, high, float, what)
 
 def lambda_lang(text: str):
-    """argparse type of --lambda-lang."""
     number = real(0, 1, "'learned', 'generated' or a number")
     return text if text in ("learned", "generated") else number(text)

@@ -160,8 +160,9 @@ def choose_sets(videos: list, args, notes: list, flags=("train_subset", "test_su
 def choose_videos(videos: list, subset: str, args, notes: list) -> list:
     """The videos of a subset with files, fps and duration; `notes` names those left out."""
     chosen = of_subset(videos, subset, f"{args.annotations}: apart from --leave-out")
+    features = args.features if isinstance(args.features, list) else [args.features]
     suffixes = VIDEO_SUFFIXES if args.videos else FEATURE_SUFFIXES
-    for folder in map(Path, [args.videos] if args.videos else args.features):
+    for folder in map(Path, [args.videos] if args.videos else features):
         expect(folder.is_dir(), folder, f"a folder of {'/'.join(suffixes)} files", "none")
         entries = sorted(folder.iterdir(), reverse=True)
         files = {p.stem: p for p in entries if p.suffix.lower() in suffixes}
@@ -177,7 +178,7 @@ def choose_videos(videos: list, subset: str, args, notes: list) -> list:
             notes.append(f"{folder}: found {lack}; left out")
         chosen = [replace(v, path=v.path or path, files=[*v.files, path])
                   for v, path in zip(chosen, paths) if path]
-    rates = {} if args.videos else read_manifests(args.features)[1]
+    rates = {} if args.videos else read_manifests(features)[1]
     return [complete(replace(v, fps=float(rates.get(v.path.stem, v.fps))), args) for v in chosen]
 
 def plain(name: str) -> str:

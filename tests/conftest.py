@@ -39,6 +39,13 @@ def make_random_lm(folder, texts, dim=128) -> None:
     model.save_pretrained(folder)
 
 
+@pytest.fixture(autouse=True)
+def no_report(request, monkeypatch):
+    """Drawing report.png takes most of the time of a small run. These two files draw it, and so do commands of their own."""
+    if request.module.__name__ not in ("test_commands", "test_figures"):
+        monkeypatch.setattr("support.figures.report", lambda path, *_, **__: path.write_bytes(b"no picture"))
+
+
 @pytest.fixture(scope="session")
 def lm_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("lm") / "tiny"

@@ -28,6 +28,7 @@ from model import Config
 from support import annotations, demo
 from support.annotations import InputError, Video, load_annotations, load_descriptions
 from support.demo import write_video
+from support.flags import PRESETS
 from support.video import (
     check_rows,
     choose_sets,
@@ -333,7 +334,8 @@ def test_the_test_set_alone_has_the_classes_of_the_model(tmp_path, capsys):
 
 def test_the_preset_knows_both_names_of_the_subsets(tmp_path):
     args = SimpleNamespace(dataset="thumos14", train_subset="validation", test_subset="test", annotations="f", videos=None,
-                           features=tmp_path, leave_out=[], skip_missing=False, dry_run=False, fps=30, resize_to=0)
+                           features=tmp_path, leave_out=[], skip_missing=False, dry_run=False, fps=30, resize_to=0,
+                           opentad_subsets=PRESETS["thumos14"]["opentad_subsets"])
     (tmp_path / "a.npy").touch(), (tmp_path / "b.npy").touch()
     for names, said in ((("Validation", "Test"), 0), (("training", "validation"), 1)):
         videos = [Video(name, 1.0, 0, subset, np.array([[0, 1.0]]), [label])
@@ -347,7 +349,7 @@ def test_the_preset_knows_both_names_of_the_subsets(tmp_path):
         notes = []
         assert [v.name for v in choose_sets(part, args, notes, ["test_subset"])[0]] == ["b"]
         assert notes == ["f: subsets validation are read in place of test, as OpenTAD names them"]
-    args.dataset = "custom"
+    args.opentad_subsets = {}
     with pytest.raises(InputError, match="expected videos of subset 'test'"):
         choose_sets(videos, args, [])
 
@@ -567,8 +569,8 @@ def test_centre_crop():
 # ---------------------------------------------------------------- the demo
 def test_demo_is_deterministic_and_complete(tmp_path):
     for name in "ab":
-        demo.make_demo(tmp_path / name, train=2, test=1, incomplete=1)
-    for file in ("annotations.json", "descriptions.json", "videos/test_000.mp4", "videos/training_001.mp4"):
+        demo.make_demo(tmp_path / name, train=1, test=1, incomplete=0)
+    for file in ("annotations.json", "descriptions.json", "videos/test_000.mp4", "videos/training_000.mp4"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
     videos = load_annotations(tmp_path / "a" / "annotations.json")
     for video in choose(videos, videos=tmp_path / "a/videos") + choose(videos, "test", videos=tmp_path / "a/videos"):
