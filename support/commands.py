@@ -14,7 +14,6 @@ from support.flags import ABOVE_0, DEVICES, real
 DATA = ("annotations", "features", "videos", "test_subset", "external_scores")
 
 def evaluate_args(description: str, argv=None) -> Namespace:
-    """evaluate.py's flags."""
     parser = ArgumentParser(description=description, formatter_class=RawDescriptionHelpFormatter)
     flag = parser.add_argument
     checkpoint_flags(flag)

@@ -133,7 +133,6 @@ def integer(low: int = 0, high: int = 10 ** 9, kind=int, what="a whole number"):
     return parse
 
 def real(low: float = 0, high: float = 1e9, what="a number"):
-    """argparse type: a number from low to high."""
     return integer(low, high, float, what)
 
 def lambda_lang(text: str):

@@ -194,18 +194,18 @@ def complete(video: Video, args) -> Video:
         fps = fps or rate
     where = f"{args.annotations}: video '{video.name}'"
     expect(fps or args.resize_to, where, "fps", "none", "add it or give --fps")
-    expect(duration, where, "a duration", "none", "add it: only a video file tells it")
+    if fps and not duration:
+        duration = length_of_rows(video, args, fps)
+    expect(duration, where, "a duration", "none", "add it, or give --fps")
     return tidy(replace(video, fps=fps, duration=duration), where, Counter())
 
 def own_files(paths: list, feature_dim: int) -> list:
     """Files as they are, folders as their files of videos (feature_dim 0) or features."""
     suffixes, files = FEATURE_SUFFIXES if feature_dim else VIDEO_SUFFIXES, []
     for path in paths:
-        inside = [path]
-        if path.is_dir():
-            inside = [file for file in sorted(path.iterdir()) if file.suffix.lower() in suffixes]
-        expect(inside, f"--video {path}", f"files of {'/'.join(suffixes)}", "none")
-        files += inside
+        inside = [file for file in sorted(path.glob("*")) if file.suffix.lower() in suffixes]
+        expect(inside or not path.is_dir(), f"--video {path}", " or ".join(suffixes), "none there")
+        files += inside or [path]
     twice = [name for name, count in Counter(file.stem for file in files).items() if count > 1]
     expect(not twice, "--video", "one file for each name", f"several for {first_ten(twice)}")
     return files
@@ -213,13 +213,15 @@ def own_files(paths: list, feature_dim: int) -> list:
 def single_video(path: Path, feature_dim: int, train_args, fps: float) -> Video:
     """A video or feature file on its own, by the flags of a training; feature_dim 0 = a video."""
     if feature_dim == 0:
-        duration, fps = probe(path)
-        return Video(path.stem, duration, fps, path=path)
+        return Video(path.stem, *probe(path), path=path)
     fps = fps or train_args.fps or float(read_manifests([path.parent])[1].get(path.stem, 0))
     expect(fps, f"--video {path}", "frames a second of the features", "none", "give --fps")
-    steps = len(open_joined(Video(path.stem, 0, fps, path=path), feature_dim))
-    duration = (steps * train_args.stride + 0.5 * train_args.num_frames) / fps
-    return Video(path.stem, duration, fps, path=path)
+    video = Video(path.stem, 0, fps, path=path)
+    return replace(video, duration=length_of_rows(video, train_args, fps, feature_dim))
+
+def length_of_rows(video: Video, args, fps: float, width: int = 0) -> float:
+    """Seconds of a video by the rows of its features. width: see open_joined."""
+    return (len(open_joined(video, width)) * args.stride + 0.5 * args.num_frames) / fps
 
 def check_training(training, test, args) -> None:
     """InputError unless training and test set are apart, and a training window holds an action."""

@@ -172,8 +172,6 @@ ANNOTATIONS = {
     "label a number": (label(7), HERE, VIDEO_A, "label", "a text", "found 7"),
     "label empty": (label(" "), HERE, VIDEO_A, "label", "a text"),
     "label of half a character": (label("\ud800"), HERE, VIDEO_A, "label", "a text"),
-    "duration missing": (entry(duration=None), HERE, VIDEO_A, "a duration", "found none", "add it"),
-    "duration zero": (entry(duration=0), HERE, VIDEO_A, "a duration", "found none", "add it"),
     "duration negative": (entry(duration=-3), HERE, VIDEO_A, "a duration of 0 to 1e6 s", "found -3"),
     "duration nan": (entry(duration=math.nan), HERE, VIDEO_A, "duration", "nan"),
     "duration a text": (entry(duration="long"), HERE, VIDEO_A, "duration", "found 'long'"),

@@ -33,6 +33,7 @@ from support.video import (
     check_rows,
     choose_sets,
     choose_videos,
+    complete,
     moving_pictures,
     open_features,
     open_joined,
@@ -645,3 +646,14 @@ def test_descriptions_are_one_line_each_and_all_different(dataset, count):
 def test_descriptions_have_the_labels_of_the_annotations(dataset):
     content = annotations.read_json(Path(data.__file__).parent / "descriptions" / f"{dataset}.json")
     assert set(content) == labels_of(dataset)
+
+
+def test_rows_of_features_tell_a_missing_duration(tmp_path):
+    """80 rows at stride 4 of 25 fps, and half of the 16 frames that a row sees: (320 + 8) / 25 s. Without fps nothing tells it."""
+    np.save(tmp_path / "a.npy", np.zeros((80, 6), np.float32))
+    video = Video("a", 0, 25, path=tmp_path / "a.npy")
+    args = SimpleNamespace(annotations="f", videos=None, fps=0, stride=4, num_frames=16, resize_to=0)
+    assert complete(video, args).duration == 328 / 25
+    args.resize_to = 32
+    with pytest.raises(InputError, match="video 'a': expected a duration, found none; add it, or give --fps"):
+        complete(replace(video, fps=0), args)
