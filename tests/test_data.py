@@ -586,8 +586,8 @@ def test_demo_training_and_test_clips_differ(tmp_path):
 
 
 def test_demo_incomplete_actions_begin_like_the_action_and_go_back():
-    for complete, halfway in ((True, False), (False, True)):
-        states, actions = demo.demo_script(np.random.default_rng([0, 3, 0]), complete)
+    for whole, halfway in ((True, False), (False, True)):
+        states, actions = demo.demo_script(np.random.default_rng([0, 3, 0]), whole)
         for a in actions:
             first, last = (round(10 * t) for t in a["segment"])
             begin = demo.demo_action(a["label"], np.zeros(1))[0]
